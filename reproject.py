@@ -1,0 +1,287 @@
+"""Where things are: the BEV grid, the cameras, and the differentiable way from one to the other and back.
+
+Places and directions, stated once:
+- A transform `a_T_b` (..., 4, 4) takes points in frame b to frame a: p_a = a_T_b @ p_b. A point's name carries
+  its frame: pts_ego. Frames are world, ego, cam and img.
+- ego: nuScenes' ego frame at the key frame's LIDAR_TOP time, levelled (yaw only), on the ground:
+  x ahead, y left, z up, metres. The ground is the plane z = 0.
+- cam: x right, y down, z along the optical axis, metres. Each camera keeps its own time, so `ego_T_cam` holds the
+  mounting and the few decimetres the car moved between the LIDAR_TOP time and the exposure.
+- img: (u, v) in pixels, u to the right, v down; the centre of the top left pixel is (0.5, 0.5).
+- BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
+  transpose exists outside this file.
+
+The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is cut with the ground
+and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp` carries a
+BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
+"""
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.io import ImageReadMode, decode_image
+
+FORMAT = 1
+CLASSES = ("background", "divider", "ped_crossing", "boundary")
+IGNORE = 255
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
+
+
+# ---------------------------------------------------------------- geometry
+
+@dataclass(frozen=True)
+class Grid:
+    """A rectangle of ground around the car, cut into square cells.
+
+    x_range: (behind, ahead) and y_range: (right, left), in metres in the ego frame; cell: side of a cell in metres.
+    """
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    cell: float
+
+    @property
+    def shape(self):
+        """(H, W): cells along x, cells along y."""
+        return (round((self.x_range[1] - self.x_range[0]) / self.cell),
+                round((self.y_range[1] - self.y_range[0]) / self.cell))
+
+    def centres(self, shape=None, device=None):
+        """Cell centres (H, W, 2) as (x, y) in metres; `shape` asks for another number of cells on the same ground."""
+        H, W = shape or self.shape
+        x = torch.linspace(self.x_range[1], self.x_range[0], 2 * H + 1, dtype=torch.float64, device=device)[1::2]
+        y = torch.linspace(self.y_range[1], self.y_range[0], 2 * W + 1, dtype=torch.float64, device=device)[1::2]
+        return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1).float()  # (H, W, 2)
+
+    def normalise(self, xy):
+        """Ego (x, y) in metres (..., 2) -> grid_sample coordinates (..., 2): (column, row), inside is [-1, 1]."""
+        x, y = xy.unbind(-1)
+        column = 2 * (self.y_range[1] - y) / (self.y_range[1] - self.y_range[0]) - 1
+        row = 2 * (self.x_range[1] - x) / (self.x_range[1] - self.x_range[0]) - 1
+        return torch.stack((column, row), -1)
+
+
+def transform(a_T_b, pts_b):
+    """Apply a_T_b (..., 4, 4) to points (..., 3); leading dimensions broadcast.
+
+    Multiply and add instead of a matrix product: TF32 and autocast, which would shift pixels, never touch it.
+    """
+    return (a_T_b[..., :3, :3] * pts_b[..., None, :]).sum(-1) + a_T_b[..., :3, 3]
+
+
+def inverse(a_T_b):
+    """b_T_a of a rigid transform (..., 4, 4)."""
+    R = a_T_b[..., :3, :3].transpose(-1, -2)
+    b_T_a = torch.zeros_like(a_T_b)
+    b_T_a[..., :3, :3] = R
+    b_T_a[..., :3, 3] = -(R * a_T_b[..., None, :3, 3]).sum(-1)
+    b_T_a[..., 3, 3] = 1
+    return b_T_a
+
+
+def relative_pose(world_T_a, world_T_b):
+    """a_T_b in float32 from two world poses (..., 4, 4); in float64 inside, as world coordinates are kilometres."""
+    a_T_world = inverse(world_T_a.double())
+    return (a_T_world[..., :, :, None] * world_T_b.double()[..., None, :, :]).sum(-2).float()
+
+
+def project(pts_ego, K, ego_T_cam):
+    """Pinhole projection. pts_ego (..., 3) m, K (..., 3, 3), ego_T_cam (..., 4, 4) -> pixels (..., 2), depth (...) m.
+
+    Behind the camera (depth <= 0) the pixel means nothing: test the depth.
+    """
+    pts_cam = transform(inverse(ego_T_cam), pts_ego)
+    depth = pts_cam[..., 2]
+    # The clamp keeps the division finite; BEVFormer's official code clamps at the same 1e-5.
+    pts_img = (K[..., :2, :2] * pts_cam[..., None, :2]).sum(-1) / depth.clamp(min=1e-5)[..., None] + K[..., :2, 2]
+    return pts_img, depth
+
+
+def pixels_to_ground(K, ego_T_cam, image_size):
+    """Cut the ray of every pixel centre with the ground plane z = 0.
+
+    K (..., 3, 3), ego_T_cam (..., 4, 4), image_size (h, w) -> points (..., h, w, 2) as ego (x, y) in metres, and the
+    distance (..., h, w) from the camera's foot in metres, inf where the ray does not meet the ground ahead.
+    """
+    h, w = image_size
+    v, u = torch.meshgrid(torch.arange(h, device=K.device) + 0.5, torch.arange(w, device=K.device) + 0.5, indexing="ij")
+    pixels = torch.stack((u, v, torch.ones_like(u)), -1).to(K.dtype)  # (h, w, 3)
+    K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., :3, 3]
+    img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
+    rays_ego = (img_to_ego[..., None, None, :, :] * pixels[..., None, :]).sum(-1)  # (..., h, w, 3)
+    t = t[..., None, None, :]
+    downward = rays_ego[..., 2] < 0
+    scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)
+    step = scale[..., None] * rays_ego[..., :2]  # from the camera's foot to the ground point
+    distance = torch.where(downward & (scale > 0), step.norm(dim=-1), torch.inf)
+    return t[..., :2] + step, distance
+
+
+# ---------------------------------------------------------------- BEV <-> cameras
+
+def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
+    """Reprojection: what each camera would see if the BEV map lay on the ground. Differentiable in bev_logits.
+
+    bev_logits (B, C, H, W), K (B, N, 3, 3), ego_T_cam (B, N, 4, 4), image_size (h, w), max_range in metres from the
+    camera's foot. Returns logits (B, N, C, h, w) and valid (B, N, h, w) bool: False above the horizon, behind the
+    camera, outside the grid and beyond max_range. Paper: the differentiable reprojection of its section on pretraining.
+    """
+    B, N = K.shape[:2]
+    C, (h, w) = bev_logits.shape[1], image_size
+    with torch.autocast(bev_logits.device.type, enabled=False):
+        xy_ego, distance = pixels_to_ground(K, ego_T_cam, image_size)  # (B, N, h, w, 2), (B, N, h, w)
+        where = grid.normalise(xy_ego)
+        valid = (distance <= max_range) & (distance < torch.inf) & (where.abs() <= 1).all(-1)
+        where = where.nan_to_num().clamp(-2, 2).view(B, N * h, w, 2)
+        if bev_logits.dtype != where.dtype:
+            bev_logits = bev_logits.to(where.dtype)
+        # Border padding only matters in the outermost half cell; zeros would mix "no evidence" into it.
+        image = F.grid_sample(bev_logits, where, padding_mode="border", align_corners=False)  # (B, C, N*h, w)
+    return image.view(B, C, N, h, w).transpose(1, 2), valid  # (B, N, C, h, w)
+
+
+def lift(image_scores, K, ego_T_cam, grid, weight=None):
+    """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
+
+    image_scores (B, N, C, h, w), weight (B, N, h, w) or None: how much a pixel counts (0: ignored).
+    Returns (B, C, H, W) and seen (B, H, W) bool; cells that no camera sees are 0.
+    """
+    B, N, C, h, w = image_scores.shape
+    H, W = grid.shape
+    xy = grid.centres(device=K.device).to(K.dtype)
+    pts_ego = F.pad(xy, (0, 1)).view(1, 1, H, W, 3)
+    uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
+    where = 2 * uv / uv.new_tensor((w, h)) - 1
+    inside = (depth > 0) & (where.abs() <= 1).all(-1)
+    if weight is None:
+        weight = image_scores.new_ones(B, N, h, w)
+    weight = weight.unsqueeze(2).to(image_scores.dtype)
+    stacked = torch.cat((image_scores * weight, weight), 2).flatten(0, 1)  # (B*N, C+1, h, w)
+    sampled = F.grid_sample(stacked, where.clamp(-2, 2).flatten(0, 1), padding_mode="border", align_corners=False)
+    total = (sampled.view(B, N, C + 1, H, W) * inside.unsqueeze(2)).sum(1)  # (B, C+1, H, W)
+    return total[:, :C] / total[:, C:].clamp(min=1e-6), total[:, C] > 1e-3
+
+
+def warp(bev, prev_T_cur, grid):
+    """Carry a BEV grid of the previous ego frame into the current one: the exact SE(2) motion.
+
+    bev (B, C, H, W) on the ground of `grid` (any number of cells), prev_T_cur (B, 4, 4).
+    Returns (B, C, H, W), zero where the previous grid did not reach, and valid (B, H, W) bool.
+    """
+    with torch.autocast(bev.device.type, enabled=False):
+        pts_cur = F.pad(grid.centres(bev.shape[-2:], bev.device).to(prev_T_cur.dtype), (0, 1))  # (H, W, 3)
+        xy_prev = transform(prev_T_cur[:, None, None], pts_cur)[..., :2]  # (B, H, W, 2)
+        where = grid.normalise(xy_prev).to(bev.dtype)
+        return F.grid_sample(bev, where, align_corners=False), (where.abs() <= 1).all(-1)
+
+
+# ---------------------------------------------------------------- files
+
+def save_pt(content, path):
+    """Write a .pt whole or not at all: a temporary name, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_pt(path, remedy):
+    """Read a .pt (tensors, strings, numbers, lists, dicts only), or stop with one line that ends in the remedy."""
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is missing: {remedy}")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError):
+        sys.exit(f"error: {path} is damaged or no .pt file of this project: delete it, then {remedy}")
+
+
+def read_splits(out):
+    """{"train": [scene names], "val": [scene names]} as 02_bev_gt.py wrote them."""
+    path = Path(out) / "splits.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is missing: run 02_bev_gt.py")
+    except ValueError:
+        sys.exit(f"error: {path} is damaged: delete it, then run 02_bev_gt.py")
+
+
+def make_meta(config, source):
+    """The `meta` of an artifact: what a reader must know to trust the numbers beside it."""
+    return {"format": FORMAT, "classes": list(CLASSES), "x_range": list(config.x_range),
+            "y_range": list(config.y_range), "cell": config.cell, "line_width": config.line_width,
+            "image_size": list(config.image_size), "source": source}
+
+
+def check_meta(path, meta, config, keys, remedy):
+    """Stop with one line if the artifact was made for another format, grid or image size than `config` asks."""
+    expected = make_meta(config, None)
+    for key in ("format", "classes", *keys):
+        if meta.get(key) != expected[key]:
+            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {expected[key]}: {remedy}")
+
+
+class Frames(torch.utils.data.Dataset):
+    """Key frames of some scenes, each with the `history` key frames before it.
+
+    An item is a dict (T = history + 1 frames in time order, the last one is the current frame; N = 6 cameras):
+    image (T, N, 3, h, w) uint8, K (T, N, 3, 3), ego_T_cam (T, N, 4, 4), world_T_ego (T, 4, 4) float64,
+    linked (T,) bool: frame t continues frame t-1 (False at a scene's first frame and after more than 2 s),
+    label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set;
+    with bev_gt=True also bev (H, W) uint8. Before a scene's first frame that frame is repeated, unlinked.
+    """
+
+    def __init__(self, out, scenes, config, history=0, bev_gt=False):
+        self.history, self.scenes, self.samples = history, [], []
+        for scene in scenes:
+            path = Path(out) / "frames" / f"{scene}.pt"
+            frames = load_pt(path, "run 01_pseudolabel.py")
+            check_meta(path, frames["meta"], config, ("image_size",), "run 01_pseudolabel.py with this --preset")
+            if bev_gt:
+                path = Path(out) / "bev_gt" / f"{scene}.pt"
+                truth = load_pt(path, "run 02_bev_gt.py")
+                check_meta(path, truth["meta"], config, ("x_range", "y_range", "cell", "line_width"),
+                           "run 02_bev_gt.py with this --preset")
+                if truth["token"] != frames["token"]:
+                    sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: run 02_bev_gt.py again")
+                frames["bev"] = truth["bev"]
+            self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]
+            self.scenes.append(frames)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        scene, now = self.samples[index]
+        frames = self.scenes[scene]
+        times = torch.arange(now - self.history, now + 1)
+        times, previous = times.clamp(min=0), (times - 1).clamp(min=0)
+        gap = frames["timestamp"][times] - frames["timestamp"][previous]
+        linked = (times > 0) & (gap <= MAX_GAP * 1e6)  # time stamps are microseconds
+        item = {"image": torch.stack([self.decode(scene, t, "image", ImageReadMode.RGB) for t in times.tolist()]),
+                "label": self.decode(scene, now, "label", ImageReadMode.GRAY)[:, 0],
+                "linked": linked, "index": index}
+        item |= {key: frames[key][times] for key in ("K", "ego_T_cam", "world_T_ego")}
+        if "bev" in frames:
+            item["bev"] = frames["bev"][now]
+        return item
+
+    def decode(self, scene, t, key, mode):
+        """The six images (N, 3, h, w) or label maps (N, 1, h, w) of one frame, uint8."""
+        try:
+            return torch.stack([decode_image(data, mode) for data in self.scenes[scene][key][t]])
+        except RuntimeError:
+            name = self.scenes[scene]["scene"]
+            sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete it, then run 01_pseudolabel.py")
