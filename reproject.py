@@ -145,6 +145,19 @@ def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
     return image.view(B, C, N, h, w).transpose(1, 2), valid  # (B, N, C, h, w)
 
 
+def cells_in_cameras(K, ego_T_cam, image_size, grid):
+    """Where each camera sees the centre of each cell, by geometry alone.
+
+    K (B, N, 3, 3), ego_T_cam (B, N, 4, 4) -> grid_sample coordinates (B, N, H, W, 2) in the image, and inside
+    (B, N, H, W) bool: in front of the camera and within its image.
+    """
+    h, w = image_size
+    pts_ego = F.pad(grid.centres(device=K.device).to(K.dtype), (0, 1))  # (H, W, 3), on the ground
+    uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
+    where = 2 * uv / uv.new_tensor((w, h)) - 1
+    return where, (depth > 0) & (where.abs() <= 1).all(-1)
+
+
 def lift(image_scores, K, ego_T_cam, grid, weight=None):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
@@ -152,18 +165,12 @@ def lift(image_scores, K, ego_T_cam, grid, weight=None):
     Returns (B, C, H, W) and seen (B, H, W) bool; cells that no camera sees are 0.
     """
     B, N, C, h, w = image_scores.shape
-    H, W = grid.shape
-    xy = grid.centres(device=K.device).to(K.dtype)
-    pts_ego = F.pad(xy, (0, 1)).view(1, 1, H, W, 3)
-    uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
-    where = 2 * uv / uv.new_tensor((w, h)) - 1
-    inside = (depth > 0) & (where.abs() <= 1).all(-1)
-    if weight is None:
-        weight = image_scores.new_ones(B, N, h, w)
-    weight = weight.unsqueeze(2).to(image_scores.dtype)
-    stacked = torch.cat((image_scores * weight, weight), 2).flatten(0, 1)  # (B*N, C+1, h, w)
-    sampled = F.grid_sample(stacked, where.clamp(-2, 2).flatten(0, 1), padding_mode="border", align_corners=False)
-    total = (sampled.view(B, N, C + 1, H, W) * inside.unsqueeze(2)).sum(1)  # (B, C+1, H, W)
+    where, inside = cells_in_cameras(K, ego_T_cam, (h, w), grid)
+    weight = torch.ones_like(image_scores[:, :, :1]) if weight is None else weight.unsqueeze(2).to(image_scores.dtype)
+    weighted = torch.cat((image_scores * weight, weight), 2).flatten(0, 1)  # (B*N, C+1, h, w)
+    where = where.to(image_scores.dtype).clamp(-2, 2).flatten(0, 1)  # (B*N, H, W, 2)
+    sampled = F.grid_sample(weighted, where, padding_mode="border", align_corners=False)  # (B*N, C+1, H, W)
+    total = (sampled.unflatten(0, (B, N)) * inside.unsqueeze(2)).sum(1)  # (B, C+1, H, W)
     return total[:, :C] / total[:, C:].clamp(min=1e-6), total[:, C] > 1e-3
 
 

@@ -1,0 +1,71 @@
+"""Stage 4: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
+
+The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
+on every machine and with every seed. The checkpoint records which they were.
+
+Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init
+Writes out/finetune.pt (model, config, args, optimizer, step, rng), every minute and at the end
+
+    python 04_finetune.py
+    python 04_finetune.py --init scratch --labels 1.0 --name scratch_100
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+
+from model import PRESETS, BEVSegmenter, fit, load_checkpoint, run_sequence, segmentation_loss
+from reproject import Frames, read_splits
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train on them from scratch.")
+    parser.add_argument("--out", default="out", help="folder of the artifacts")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
+    parser.add_argument("--init", default="out/pretrain.pt", help="checkpoint of 03_pretrain.py, or scratch")
+    parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
+    parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
+    parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
+    parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 2.0, 2.0, 2.0), metavar="W",
+                        help="cross-entropy weights of background, divider, ped_crossing, boundary")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args()
+
+
+def choose_scenes(scenes, share):
+    """The round(share * n) scenes, at least one, whose names have the smallest SHA-256."""
+    if not 0 < share <= 1:
+        sys.exit(f"error: --labels {share} is no share: give a number above 0 and at most 1")
+    ranked = sorted(scenes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return sorted(ranked[:max(1, round(share * len(scenes)))])
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    config = PRESETS[args.preset]
+    scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
+    frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
+    if args.init == "scratch":
+        model = BEVSegmenter(config)
+        model.load_backbone_weights()
+    else:
+        checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
+        if checkpoint["step"] < checkpoint["args"]["steps"]:
+            sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
+                     "run 03_pretrain.py again, it goes on from there")
+    model.to(args.device)
+
+    def loss_fn(batch):
+        logits, _ = run_sequence(model, batch)
+        loss = segmentation_loss(logits, batch["bev"], args.class_weights)
+        return loss, {"loss": loss}
+
+    print(f"{len(scenes)} labelled scenes, {len(frames)} key frames, init {args.init}")
+    fit(model, frames, loss_fn, args, Path(args.out) / f"{args.name}.pt")

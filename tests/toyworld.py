@@ -1,0 +1,719 @@
+"""The embedded world: a small town that is written to disk in the true nuScenes layout.
+
+    python tests/toyworld.py                     # writes data/toy in about a minute, on two cores
+    python tests/toyworld.py --train-segmenter   # trains tests/toy_segmenter, a tiny but real Mask2Former
+
+The unmodified devkit loads the result: NuScenes("v1.0-trainval", "data/toy") and NuScenesMap("data/toy", location).
+Nothing here imports the rest of the project: this file is the independent ground truth of its tests.
+
+What it keeps of what makes nuScenes hard
+  - Paint is 0.15 m wide, dashed and worn; in the map a divider is one unbroken line.
+  - Stop lines and arrows look like dividers, and carry their Mapillary label, but are not dividers in the map.
+  - Vehicles, trees and buildings hide the ground. Light, haze, texture and noise differ by scene; it gets dark, it rains.
+  - Each camera has nuScenes' intrinsics (scaled by 0.32, to 512 x 288) and mounting, and its own time and ego pose.
+  - The map is off by N(0, 0.15 m) in x and in y, one draw a scene: the poses in the tables are the true ones plus that
+    constant, which is the same as a shifted map. Nothing else in the scene shares it.
+  - About one crossing in twelve is missing from the map or is in the map only.
+
+Frames, as in shared nuScenes usage: world and ego are x ahead / east, y left / north, z up; cam is x right, y down, z ahead.
+`a_T_b` takes points in b to a. The ground is the plane z = 0. Pixel i covers [i, i + 1), so its centre is at i + 0.5;
+OpenCV's functions put it at i, which is where every `- 0.5` below comes from.
+
+How an image is made: the ground is one raster a scene (colour and label, 5 cm), looked up through the homography
+camera -> ground with mip levels; sky behind it; then every box and billboard as flat faces, farthest first (painter's
+algorithm); then the ego car's boot, exposure, noise. Colour is drawn at 2 x 2 samples a pixel (ground: 2 x 4) and averaged.
+"""
+import argparse
+import hashlib
+import json
+import multiprocessing
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from shapely.geometry import Point, Polygon
+from shapely.ops import unary_union
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is fixed: labels, cameras, places
+
+# Mapillary Vistas names. The index is the label id in rendered truth and in tests/toy_segmenter.
+LABELS = ["Road", "Lane Marking - General", "Lane Marking - Crosswalk", "Curb", "Sidewalk", "Terrain", "Building",
+          "Vegetation", "Car", "Person", "Pole", "Sky", "Ego Vehicle"]
+ROAD, MARKING, CROSSWALK, CURB, SIDEWALK, TERRAIN, BUILDING, VEGETATION, CAR, PERSON, POLE, SKY, EGO = range(len(LABELS))
+UNLABELLED = 255                      # a face that changes the colour but not the label: contact shadows
+THIN = (CURB, MARKING, CROSSWALK)     # labels that win a pixel from half of its samples on; the last one wins ties
+
+IMAGE_W, IMAGE_H = 512, 288
+SCALE = IMAGE_W / 1600                # nuScenes images are 1600 x 900
+
+# name: focal length, principal point (pixels at 1600 x 900), translation (m) and rotation (w, x, y, z) of ego_T_cam,
+# time against LIDAR_TOP (ms). One real nuScenes car.
+CAMERAS = {
+    "CAM_FRONT": (1252.8131, (826.5881, 469.9847), (1.7220, 0.0048, 1.4949),
+                  (0.5077241, -0.4973392, 0.4983717, -0.4964832), -35.6),
+    "CAM_FRONT_RIGHT": (1256.7485, (817.7888, 451.9542), (1.5808, -0.4991, 1.5175),
+                        (-0.2033517, 0.1914633, -0.6785710, 0.6793609), -27.6),
+    "CAM_BACK_RIGHT": (1249.9629, (825.3768, 462.5482), (1.0595, -0.4672, 1.5505),
+                       (0.1381919, -0.1379672, -0.6893330, 0.6976303), -19.7),
+    "CAM_BACK": (796.8911, (857.7774, 476.8849), (0.0552, 0.0108, 1.5679),
+                 (0.5067997, -0.4977567, -0.4987849, 0.4965942), -10.5),
+    "CAM_BACK_LEFT": (1254.9861, (829.5769, 467.1681), (1.0485, 0.4831, 1.5621),
+                      (0.7048620, -0.6907307, -0.1120910, 0.1161735), -0.6),
+    "CAM_FRONT_LEFT": (1257.8625, (827.2411, 450.9155), (1.5753, 0.5005, 1.5070),
+                       (0.6812089, -0.6687507, 0.2101702, -0.2110816), -43.2),
+}
+LIDAR_TRANSLATION, LIDAR_ROTATION = (0.9858, 0.0, 1.8402), (-0.7067492, 0.0153010, -0.0173975, 0.7070847)
+
+# The devkit accepts only these four names. No town is in both splits; SEGMENTER_TOWN is never written to disk.
+TRAIN_TOWNS = ("boston-seaport", "singapore-onenorth", "singapore-hollandvillage")
+VAL_TOWN = "singapore-queenstown"
+SEGMENTER_TOWN = "segmenter-town"
+RIGHT_HAND_TRAFFIC = ("boston-seaport",)
+WEATHER_CYCLE = ("Day", "Rain", "Day", "Day", "Night", "Day")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes in metres and seconds
+
+PAINT_WIDTH, STOP_LINE_WIDTH, KERB_WIDTH = 0.15, 0.40, 0.30
+PARKING_WIDTH = 2.3                   # a strip beside the lanes in which vehicles are parked
+ROAD_LENGTH = 90.0                    # from the middle of a district to the end of its roads
+DISTRICT_SPACING = 330.0              # each scene has a district of its own; districts do not touch
+CORNER_RADIUS = 6.0
+MAP_ERROR = 0.15                      # standard deviation of the map's offset, each axis, one draw a scene
+FRAME_PERIOD = 0.5                    # key frames come at 2 Hz
+TEXEL = 0.05                          # size of a cell of the ground raster
+VIEW_RADIUS = 75.0                    # the raster reaches this far from the ego path
+FAR_GROUND = 300.0                    # beyond this depth the ground is sky (it is all haze)
+NEAR_PLANE = 0.3
+
+
+@dataclass
+class Plan:
+    """What is known of a scene before it is built; `key` seeds everything in it."""
+    name: str
+    location: str
+    weather: str
+    origin: tuple      # world x, y of the middle of its district (m)
+    frames: int
+    key: tuple         # of ints
+    timestamp: int     # of the first key frame (microseconds)
+
+
+@dataclass
+class Road:
+    """A road; `outwards` is the direction of its centreline, away from the junction."""
+    line: np.ndarray   # (N, 2) world points of the centreline, one a metre
+    lanes_out: int
+    lanes_in: int
+    lane_width: float
+    side: int          # -1: traffic keeps to the right, the outward lanes lie at negative offsets; +1: to the left
+    parking: tuple     # widths of the parking strips (right, left)
+    centre_style: str  # "double_yellow", "solid_white" or "dashed_white"
+    start: float = 0.0  # arc length at which the road leaves the junction
+
+    @property
+    def length(self):
+        return len(self.line) - 1.0
+
+    @property
+    def lane_edges(self):
+        """Lateral offsets (m, left of outwards is positive) of the rightmost and leftmost lane edge."""
+        right, left = (self.lanes_out, self.lanes_in) if self.side < 0 else (self.lanes_in, self.lanes_out)
+        return -right * self.lane_width, left * self.lane_width
+
+    @property
+    def kerbs(self):
+        right, left = self.lane_edges
+        return right - self.parking[0], left + self.parking[1]
+
+    def lane_centre(self, index, outwards):
+        """Lateral offset of lane `index` (0 is next to the centreline) in one of the two directions."""
+        return (self.side if outwards else -self.side) * (index + 0.5) * self.lane_width
+
+    def at(self, s, offset):
+        """Arc lengths (M,) and lateral offsets (M,) or scalar -> world points (M, 2) and headings (M,)."""
+        index = np.arange(len(self.line))
+        step = np.gradient(self.line, axis=0)
+        heading = np.interp(s, index, np.unwrap(np.arctan2(step[:, 1], step[:, 0])))
+        centre = np.stack([np.interp(s, index, self.line[:, k]) for k in range(2)], -1)
+        left = np.stack([-np.sin(heading), np.cos(heading)], -1)
+        return centre + np.asarray(offset)[..., None] * left, heading
+
+    def offset_line(self, offset, start, stop):
+        """(M, 2) world points of the line at `offset`, a point a metre from arc length `start` to `stop`."""
+        s = np.append(np.arange(start, stop - 0.01, 1.0), stop)
+        return self.at(s, offset)[0]
+
+    def strip(self, right, left, start, stop):
+        """(M, 2) outline, counter-clockwise, of what lies between two offsets and two arc lengths."""
+        return np.concatenate([self.offset_line(right, start, stop), self.offset_line(left, start, stop)[::-1]])
+
+
+@dataclass
+class District:
+    """The roads around one scene: what the map says of them, and what is painted on them. All in world metres."""
+    roads: list
+    segments: list = field(default_factory=list)        # (Polygon, is_intersection)
+    lanes: list = field(default_factory=list)           # Polygon
+    lane_dividers: list = field(default_factory=list)   # (line (N, 2), segment type)
+    road_dividers: list = field(default_factory=list)   # (line (N, 2), segment type)
+    stop_lines: list = field(default_factory=list)      # Polygon
+    crossings: list = field(default_factory=list)       # Polygon, as painted
+    map_crossings: list = field(default_factory=list)   # Polygon, as in the map
+    walkways: list = field(default_factory=list)        # Polygon
+    paint: list = field(default_factory=list)           # (outline (N, 2), colour name, label or None)
+    surface: Polygon = None                             # union of segments and lanes: its outline is the kerb line
+    sidewalk_width: float = 3.0
+
+
+@dataclass
+class Mesh:
+    """F flat faces. Colours may exceed 255: lit windows at night."""
+    vertices: np.ndarray   # (F, 8, 3) world; faces of fewer corners repeat the last one
+    colour: np.ndarray     # (F, 3) RGB albedo
+    label: np.ndarray      # (F,) label id or UNLABELLED
+    anchor: np.ndarray     # (F, 2) world x, y by whose distance faces are sorted, one for a whole object
+    order: np.ndarray      # (F,) order of painting within an object
+
+
+@dataclass
+class Weather:
+    """Light and air of a scene; colours are RGB 0..255."""
+    kind: str
+    sun: np.ndarray        # (3,) unit vector towards the sun
+    ambient: float
+    diffuse: float
+    sky_top: np.ndarray
+    sky_low: np.ndarray    # also the colour of haze
+    clouds: float
+    haze_length: float     # m after which 63% is haze
+    gain: np.ndarray       # (3,) exposure and white balance
+    noise: float           # standard deviation, grey levels
+    wear: float            # 0: fresh paint, 1: hardly visible
+
+
+@dataclass
+class Scene:
+    """Everything that can be seen in a scene, and what the tables say of it."""
+    plan: Plan
+    district: District
+    weather: Weather
+    description: str
+    ego_path: np.ndarray     # (T, 3): time (s), world x, y of the ego origin
+    ego_yaw: np.ndarray      # (T,) unwrapped
+    wobble: np.ndarray       # (2, 3): amplitude (rad), frequency (rad/s), phase of pitch and roll
+    map_offset: np.ndarray   # (2,) what is added to every true pose before it is written (m)
+    static: Mesh             # buildings, poles, parked vehicles, people
+    crowns: tuple            # centres (B, 3), radii (B,), colours (B, 3) of tree crowns and heads, labels (B,)
+    movers: list             # (Mesh in the vehicle's own frame, path (T, 4): time, x, y, yaw)
+    footprints: list         # (outline (N, 2), height): what casts a shadow
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotations
+
+
+def rotation_from_quaternion(quaternion):
+    """(w, x, y, z) of any length -> (3, 3) rotation matrix."""
+    w, x, y, z = np.asarray(quaternion, float) / np.linalg.norm(quaternion)
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
+
+
+def quaternion_from_angles(yaw, pitch, roll):
+    """Rotation Rz(yaw) Ry(pitch) Rx(roll) as (w, x, y, z)."""
+    cy, sy, cp, sp = np.cos(yaw / 2), np.sin(yaw / 2), np.cos(pitch / 2), np.sin(pitch / 2)
+    cr, sr = np.cos(roll / 2), np.sin(roll / 2)
+    return np.array([cy * cp * cr + sy * sp * sr, cy * cp * sr - sy * sp * cr,
+                     cy * sp * cr + sy * cp * sr, sy * cp * cr - cy * sp * sr])
+
+
+def make_transform(rotation, translation):
+    """(3, 3) and (3,) -> (4, 4)."""
+    transform = np.eye(4)
+    transform[:3, :3], transform[:3, 3] = rotation, translation
+    return transform
+
+
+def camera_calibration(camera):
+    """Camera name -> intrinsics K (3, 3) at 512 x 288 and ego_T_cam (4, 4)."""
+    focal, (cx, cy), translation, rotation, _ = CAMERAS[camera]
+    K = np.array([[focal * SCALE, 0, cx * SCALE], [0, focal * SCALE, cy * SCALE], [0, 0, 1]])
+    return K, make_transform(rotation_from_quaternion(rotation), translation)
+
+
+def ego_pose(scene, time):
+    """True pose at `time` (s from the first key frame): translation (3,), quaternion (4,)."""
+    x, y = (np.interp(time, scene.ego_path[:, 0], scene.ego_path[:, k]) for k in (1, 2))
+    yaw = np.interp(time, scene.ego_path[:, 0], scene.ego_yaw)
+    pitch, roll = (amplitude * np.sin(frequency * time + phase) for amplitude, frequency, phase in scene.wobble)
+    return np.array([x, y, 0.0]), quaternion_from_angles(yaw, pitch, roll)
+
+
+def camera_time(scene, frame, camera):
+    """Seconds from the first key frame at which `camera` takes key frame `frame`; LIDAR_TOP's is frame * 0.5."""
+    jitter = np.random.default_rng([*scene.plan.key, 7, frame, list(CAMERAS).index(camera)]).uniform(-1e-3, 1e-3)
+    return round(frame * FRAME_PERIOD + CAMERAS[camera][4] * 1e-3 + jitter, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Districts: roads, junctions, paint and map
+
+
+def bent_line(heading, curvature, straight, length, origin):
+    """(N, 2) points a metre apart from `origin`: straight for a while, then a bend of constant curvature (1/m)."""
+    s = np.arange(int(length) + 1)
+    angle = heading + curvature * np.maximum(s - straight, 0)
+    steps = np.stack([np.cos(angle), np.sin(angle)], -1)
+    return np.asarray(origin) + np.concatenate([np.zeros((1, 2)), np.cumsum(steps[:-1], 0)])
+
+
+def random_road(rng, line, side, lanes):
+    """A Road with `lanes` = (outwards, inwards) and random width, parking and centre line."""
+    parking = tuple(PARKING_WIDTH * (rng.random() < 0.5) for _ in range(2))
+    style = rng.choice(["double_yellow", "solid_white", "dashed_white"], p=[0.45, 0.3, 0.25])
+    return Road(line, lanes[0], lanes[1], rng.uniform(3.0, 3.6), side, parking, str(style))
+
+
+def lay_roads(rng, origin, side):
+    """One through road (one in four), or a T- or X-junction of roads that all start at `origin`."""
+    heading = rng.uniform(0, 2 * np.pi)
+    lane_counts = [1, 2, 2, 3]
+    if rng.random() < 0.25:
+        half = bent_line(heading, rng.uniform(-1, 1) / 90, 10, ROAD_LENGTH, origin)
+        other = bent_line(heading + np.pi, rng.uniform(-1, 1) / 90, 10, ROAD_LENGTH, origin)
+        line = np.concatenate([other[:0:-1], half])
+        return [random_road(rng, line, side, (rng.choice(lane_counts), rng.choice(lane_counts)))]
+    turns = [0, np.pi / 2, np.pi, 3 * np.pi / 2] if rng.random() < 0.6 else [0, np.pi / 2, np.pi]
+    main, cross = rng.choice(lane_counts, 2), rng.choice(lane_counts[:3], 2)
+    roads = []
+    for k, turn in enumerate(turns):
+        lanes = main if k % 2 == 0 else cross    # opposite roads match, so that lanes go on across the junction
+        line = bent_line(heading + turn + rng.normal(0, 0.06), rng.uniform(-1, 1) / 120, 25, ROAD_LENGTH, origin)
+        roads.append(random_road(rng, line, side, lanes if k < 2 else lanes[::-1]))
+    return roads
+
+
+def add_junction(district):
+    """Sets each road's start, and adds the junction's polygon, whose corners between roads are rounded."""
+    roads = district.roads
+    strips = unary_union([Polygon(road.strip(*road.kerbs, 0, road.length)) for road in roads])
+    rounded = strips.buffer(CORNER_RADIUS).buffer(-CORNER_RADIUS)     # a closing: fills concave corners only
+    for road in roads:
+        road.start = 6.0
+        while any(rounded.contains(Point(road.at(np.array([road.start]), kerb + step)[0][0]))
+                  for kerb, step in zip(road.kerbs, (-0.05, 0.05))):
+            road.start += 0.5
+    # The junction reaches 0.3 m into its roads, so that the union of all polygons has no hairline gaps.
+    outside = unary_union([Polygon(road.strip(road.kerbs[0] - 1, road.kerbs[1] + 1, road.start + 0.3, road.length + 1))
+                           for road in roads])
+    pieces = rounded.difference(outside)
+    district.segments.append((max(getattr(pieces, "geoms", [pieces]), key=lambda piece: piece.area), True))
+
+
+def add_crossing(rng, district, road, start, width):
+    """A zebra over the whole road from arc length `start`; the map may not have it (about one in sixteen)."""
+    right, left = road.kerbs
+    outline = road.strip(right + KERB_WIDTH / 2, left - KERB_WIDTH / 2, start, start + width)
+    district.paint.append((outline, None, CROSSWALK))
+    stripe = rng.uniform(0.4, 0.6)
+    for offset in np.arange(right + 0.5, left - 0.4 - stripe, 2 * stripe):
+        district.paint.append((road.strip(offset, offset + stripe, start, start + width), "white", None))
+    polygon = Polygon(road.strip(right, left, start, start + width))
+    district.crossings.append(polygon)
+    if rng.random() > 1 / 16:
+        district.map_crossings.append(polygon)
+
+
+def add_stop_line(district, road, start, outwards):
+    """A stop line across the lanes of one direction."""
+    edges = sorted([0.0, road.lane_edges[0] if (road.side < 0) == outwards else road.lane_edges[1]])
+    outline = road.strip(edges[0] + 0.15, edges[1] - 0.15, start, start + STOP_LINE_WIDTH)
+    district.paint.append((outline, "white", MARKING))
+    district.stop_lines.append(Polygon(outline))
+
+
+def add_arrow(district, road, s, offset, outwards, turn):
+    """A lane arrow with its tail at arc length s. turn: 0 straight on, +1 left, -1 right."""
+    shapes = [[(0, -0.08), (2.4, -0.08), (2.4, 0.08), (0, 0.08)]]
+    if turn == 0:
+        shapes.append([(2.4, -0.35), (4.0, 0.0), (2.4, 0.35)])
+    else:
+        shapes.append([(2.3, -0.08 * turn), (2.5, -0.08 * turn), (3.1, 0.5 * turn), (2.8, 0.6 * turn)])
+        shapes.append([(2.4, 0.6 * turn), (3.4, 0.3 * turn), (3.4, 1.0 * turn)])
+    direction = 1 if outwards else -1
+    for shape in shapes:
+        along, left = np.array(shape).T
+        district.paint.append((road.at(s + direction * along, offset + direction * left)[0], "white", MARKING))
+
+
+def add_line(district, road, offset, start, stop, dash=None, colour="white"):
+    """A painted line of PAINT_WIDTH; dash = (painted, blank) lengths in metres, or None for a solid line."""
+    painted, blank = dash or (stop - start, 0.0)
+    for s in np.arange(start, stop - 0.5, painted + blank):
+        outline = road.strip(offset - PAINT_WIDTH / 2, offset + PAINT_WIDTH / 2, s, min(s + painted, stop))
+        district.paint.append((outline, colour, MARKING))
+
+
+def add_dividers(rng, district, road, start, stop, solid_until, solid_from):
+    """The dividers of one stretch of road between arc lengths: paint, and one unbroken line each in the map."""
+    if road.centre_style == "double_yellow":
+        for offset in (-PAINT_WIDTH, PAINT_WIDTH):
+            add_line(district, road, offset, start, stop, colour="yellow")
+        kind = "DOUBLE_SOLID_WHITE"      # nuScenes knows no yellow
+    else:
+        dash = (3.0, 4.0) if road.centre_style == "dashed_white" else None
+        add_line(district, road, 0.0, start, stop, dash)
+        kind = "DOUBLE_DASHED_WHITE" if dash else "SINGLE_SOLID_WHITE"
+    district.road_dividers.append((road.offset_line(0.0, start, stop), kind))
+    right, left = road.lane_edges
+    dash = (3.0, rng.uniform(4.0, 6.0))
+    for lane in range(1, max(road.lanes_out, road.lanes_in)):
+        for offset in (-lane * road.lane_width, lane * road.lane_width):
+            if not right + 0.1 < offset < left - 0.1:
+                continue
+            add_line(district, road, offset, start, solid_until)
+            add_line(district, road, offset, solid_until, solid_from, dash)
+            add_line(district, road, offset, solid_from, stop)
+            district.lane_dividers.append((road.offset_line(offset, start, stop), "DOUBLE_DASHED_WHITE"))
+
+
+def furnish_junction_road(rng, district, road):
+    """Crossing, stop line, arrows and dividers of a road that leaves a junction."""
+    end, width = road.start + 0.5, rng.uniform(3.0, 4.0)
+    if rng.random() < 0.75:
+        add_crossing(rng, district, road, end + 0.4, width)
+        end += width + 1.6
+    elif rng.random() < 1 / 8:          # a crossing that is in the map only
+        district.map_crossings.append(Polygon(road.strip(*road.kerbs, end + 0.4, end + 0.4 + width)))
+    if rng.random() < 0.8:
+        add_stop_line(district, road, end, outwards=False)
+        end += STOP_LINE_WIDTH + 0.1
+    for lane in range(road.lanes_in):
+        if rng.random() < 0.6:
+            add_arrow(district, road, end + 7, road.lane_centre(lane, False), False, int(rng.integers(-1, 2)))
+    add_dividers(rng, district, road, end, road.length, end + rng.choice([0.0, 12.0]), road.length)
+
+
+def furnish_through_road(rng, district, road):
+    """Dividers of a road without a junction, with a crossing in the middle in two of three."""
+    middle, half = road.length / 2 + rng.uniform(-15, 15), 0.0
+    if rng.random() < 2 / 3:
+        half = rng.uniform(1.5, 2.0)
+        add_crossing(rng, district, road, middle - half, 2 * half)
+        half += 1.2
+        add_stop_line(district, road, middle - half - STOP_LINE_WIDTH, outwards=True)
+        add_stop_line(district, road, middle + half, outwards=False)
+        half += STOP_LINE_WIDTH + 0.1
+        add_dividers(rng, district, road, 0, middle - half, 0, middle - half - 10)
+        add_dividers(rng, district, road, middle + half, road.length, middle + half + 10, road.length)
+    else:
+        add_dividers(rng, district, road, 0, road.length, 0, road.length)
+
+
+def make_district(rng, origin, side):
+    """Roads, map and paint around `origin`."""
+    district = District(lay_roads(rng, origin, side), sidewalk_width=rng.uniform(2.2, 4.0))
+    is_junction = len(district.roads) > 1
+    if is_junction:
+        add_junction(district)
+    for road in district.roads:
+        half_way = (road.start + road.length) / 2
+        for start, stop in ((road.start, half_way), (half_way, road.length)):
+            district.segments.append((Polygon(road.strip(*road.kerbs, start, stop)), False))
+        for outwards, count in ((True, road.lanes_out), (False, road.lanes_in)):
+            for lane in range(count):
+                edges = sorted((road.side if outwards else -road.side) * road.lane_width * k for k in (lane, lane + 1))
+                district.lanes.append(Polygon(road.strip(*edges, road.start, road.length)))
+        (furnish_junction_road if is_junction else furnish_through_road)(rng, district, road)
+    district.surface = unary_union([polygon for polygon, _ in district.segments] + district.lanes)
+    beside = district.surface.buffer(district.sidewalk_width).difference(district.surface)
+    beside = beside.intersection(Point(origin).buffer(ROAD_LENGTH - 2))
+    district.walkways = [piece for piece in getattr(beside, "geoms", [beside]) if piece.area > 5]
+    return district
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Traffic: routes, the ego's drive, other vehicles
+
+
+def route_between(rng, roads, start, stop):
+    """A drive from the far end of one road to the far end of another: points (N, 2), 0.25 m apart, and the arc lengths
+    at which the junction is entered and left."""
+    if len(roads) == 1:
+        road, outwards = roads[0], start == 0
+        lane = rng.integers(road.lanes_out if outwards else road.lanes_in)
+        line = road.offset_line(road.lane_centre(lane, outwards), 0, road.length)
+        parts, entry = [line if outwards else line[::-1]], road.length / 2
+        leave = entry
+    else:
+        a, b = roads[start], roads[stop]
+        lane = int(rng.integers(min(a.lanes_in, b.lanes_out)))
+        before = a.offset_line(a.lane_centre(lane, False), a.start, a.length)[::-1]
+        after = b.offset_line(b.lane_centre(lane, True), b.start, b.length)
+        p0, p3 = before[-1], after[0]
+        reach = 0.45 * np.linalg.norm(p3 - p0)
+        p1 = p0 + reach * (before[-1] - before[-3]) / np.linalg.norm(before[-1] - before[-3])
+        p2 = p3 - reach * (after[2] - after[0]) / np.linalg.norm(after[2] - after[0])
+        u = np.linspace(0, 1, 41)[1:-1, None]
+        curve = (1 - u) ** 3 * p0 + 3 * u * (1 - u) ** 2 * p1 + 3 * u ** 2 * (1 - u) * p2 + u ** 3 * p3
+        parts = [before, curve, after]
+        entry = np.linalg.norm(np.diff(before, axis=0), axis=1).sum()
+        leave = entry + np.linalg.norm(np.diff(np.concatenate([before[-1:], curve, after[:1]]), axis=0), axis=1).sum()
+    points = np.concatenate(parts)
+    s = np.append(0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1)))
+    fine = np.arange(0, s[-1], 0.25)
+    return np.stack([np.interp(fine, s, points[:, k]) for k in range(2)], -1), entry, leave
+
+
+def follow(route, s):
+    """Arc lengths (T,) along a route -> x, y, yaw (T, 3); the heading is averaged over a car's length."""
+    step = np.gradient(route, axis=0)
+    yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
+    yaw = np.convolve(np.pad(yaw, 8, mode="edge"), np.ones(17) / 17, mode="valid")
+    index = np.clip(s / 0.25, 0, len(route) - 1)
+    return np.stack([np.interp(index, np.arange(len(route)), column) for column in (route[:, 0], route[:, 1], yaw)], -1)
+
+
+def ego_speed(rng, times, start, entry, leave, is_turn):
+    """Arc length (T,) at each time: cruises, slows down for a turn, and in one scene of three stops before the junction."""
+    cruise, turn_speed = rng.uniform(4.0, 10.0), rng.uniform(3.5, 5.0)
+    wait_until = rng.uniform(2.0, 5.0) if rng.random() < 1 / 3 else -1.0
+    stop_at = entry - 6.0
+    s, speed = start, min(cruise, rng.uniform(2.0, 10.0))
+    if wait_until > 0:      # it must still be able to stop
+        speed = min(speed, np.sqrt(max(0.0, 4.0 * (stop_at - start))))
+    travelled, pulse = [], rng.uniform(0, 2 * np.pi)
+    for now, dt in zip(times, np.diff(times, append=times[-1])):
+        travelled.append(s)
+        wish = cruise * (1 + 0.2 * np.sin(0.9 * now + pulse))
+        if is_turn and s < leave:
+            wish = min(wish, np.sqrt(turn_speed ** 2 + 4.0 * max(0.0, entry - s)))
+        if now < wait_until and s <= stop_at + 0.5:
+            wish = min(wish, np.sqrt(4.0 * max(0.0, stop_at - s)))
+        speed = np.clip(wish, speed - 3.0 * dt, speed + 2.0 * dt)
+        s += max(speed, 0.0) * dt
+    return np.array(travelled)
+
+
+def drive_ego(rng, roads, times):
+    """The ego's drive: (T, 3) x, y, yaw, its route, its arc lengths (T,), and a word on where it goes."""
+    start = int(rng.integers(2 if len(roads) == 1 else len(roads)))
+    stop = int(rng.choice([k for k in range(max(2, len(roads))) if k != start]))
+    route, entry, leave = route_between(rng, roads, start, stop)
+    whole_turn = follow(route, np.array([entry - 3, leave + 3]))[:, 2]
+    turned = whole_turn[1] - whole_turn[0] if len(roads) > 1 else 0.0
+    word = "turn left" if turned > 0.6 else "turn right" if turned < -0.6 else "straight on"
+    s = ego_speed(rng, times, entry - rng.uniform(8, 38), entry, leave, abs(turned) > 0.6)
+    return follow(route, s), route, s, word
+
+
+def drive_others(rng, roads, times, ego, ego_route, ego_s):
+    """Paths (T, 4) of time, x, y, yaw of other vehicles that keep clear of the ego and of each other."""
+    paths = [ego]
+    if rng.random() < 0.5:          # a vehicle ahead of the ego, or behind it
+        paths.append(follow(ego_route, np.maximum(ego_s + rng.choice([-1, 1]) * rng.uniform(10, 22), 0)))
+    for _ in range(16):
+        start = int(rng.integers(2 if len(roads) == 1 else len(roads)))
+        stop = int(rng.choice([k for k in range(max(2, len(roads))) if k != start]))
+        route, entry, leave = route_between(rng, roads, start, stop)
+        s = rng.uniform(0, len(route) * 0.25) + rng.choice([0.0, 1.0, 1.0]) * rng.uniform(3, 9) * times
+        path = follow(route, s)
+        inside = s.min() > 0 and s.max() < len(route) * 0.25 - 1
+        # Side by side in neighbouring lanes is 3 m; anything longer than that must be clear along the lane.
+        clear = all(np.min(np.linalg.norm(path[:, :2] - other[:, :2], axis=1)) > 7.5 for other in paths)
+        if inside and clear and len(paths) < 9:
+            paths.append(path)
+    return [np.concatenate([times[:, None], path], 1) for path in paths[1:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Things that stand on the ground
+
+
+def pad_face(corners):
+    """(K, 3) corners, K <= 8 -> (8, 3), the last one repeated."""
+    corners = np.asarray(corners, float)
+    return np.concatenate([corners, np.repeat(corners[-1:], 8 - len(corners), axis=0)])
+
+
+def make_mesh(faces, anchor=None):
+    """Faces (corners (K, 3), colour, label, order) -> Mesh. Without an anchor each face is sorted by its own middle."""
+    vertices = np.array([pad_face(corners) for corners, _, _, _ in faces])
+    own = np.array([np.mean(corners, axis=0)[:2] for corners, _, _, _ in faces])
+    return Mesh(vertices, np.array([colour for _, colour, _, _ in faces], float),
+                np.array([label for _, _, label, _ in faces]),
+                own if anchor is None else np.tile(np.asarray(anchor, float), (len(faces), 1)),
+                np.array([order for _, _, _, order in faces]))
+
+
+def join_meshes(meshes):
+    """Several Meshes as one."""
+    return Mesh(*(np.concatenate([getattr(mesh, name) for mesh in meshes])
+                  for name in ("vertices", "colour", "label", "anchor", "order")))
+
+
+def move_mesh(mesh, x, y, yaw):
+    """A Mesh turned by yaw about its origin and moved to x, y."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    return Mesh(mesh.vertices @ rotation.T + [x, y, 0], mesh.colour, mesh.label,
+                mesh.anchor @ rotation[:2, :2].T + [x, y], mesh.order)
+
+
+def frustum(x0, x1, half_width, z0, z1, inset=(0.0, 0.0, 0.0), colours=None, label=CAR, order=0):
+    """Five outward faces (front, left, rear, right, top) of a box whose top is drawn in by inset = (front, rear, side)."""
+    bottom = [(x1, -half_width), (x1, half_width), (x0, half_width), (x0, -half_width)]
+    front, rear, side = inset
+    top = [(x1 - front, -half_width + side), (x1 - front, half_width - side),
+           (x0 + rear, half_width - side), (x0 + rear, -half_width + side)]
+    faces = []
+    for k in range(4):
+        j = (k + 1) % 4
+        corners = [(*bottom[k], z0), (*bottom[j], z0), (*top[j], z1), (*top[k], z1)]
+        faces.append((corners, colours[k], label, order))
+    return faces + [([(*corner, z1) for corner in top], colours[4], label, order)]
+
+
+def make_vehicle(rng):
+    """A car, van or lorry in its own frame (x ahead, origin in the middle, on the ground): Mesh, length and width."""
+    kind = rng.choice(["car", "car", "car", "suv", "van", "lorry"])
+    length, width, waist, height = {"car": (4.5, 1.8, 0.85, 1.45), "suv": (4.7, 1.9, 1.0, 1.75),
+                                    "van": (5.2, 2.0, 1.1, 2.2), "lorry": (7.5, 2.4, 1.1, 3.1)}[str(kind)]
+    length *= rng.uniform(0.93, 1.07)
+    paint = np.array([[225, 225, 222], [190, 192, 195], [120, 122, 126], [40, 42, 46], [150, 30, 30], [40, 70, 130],
+                      [200, 180, 140], [60, 90, 70]][rng.integers(8)], float)
+    glass, x0, x1, half = np.array([45, 55, 62.0]), -length / 2, length / 2, width / 2
+    faces = [([(x0 - 0.1, -half - 0.1, 0.01), (x1 + 0.1, -half - 0.1, 0.01), (x1 + 0.1, half + 0.1, 0.01),
+               (x0 - 0.1, half + 0.1, 0.01)], (22, 22, 24), UNLABELLED, 0)]
+    faces += frustum(x0, x1, half, 0.28, waist, (0.08, 0.05, 0.03), [paint] * 5, order=1)
+    if kind == "lorry":
+        faces += frustum(x0, x1 - 2.0, half, waist, height, (0, 0, 0), [paint * 0.9] * 5, order=2)
+        faces += frustum(x1 - 1.8, x1, half - 0.1, waist, 2.4, (0.3, 0, 0.05), [glass, paint, paint, paint, paint], order=2)
+    else:
+        bonnet = {"car": 1.15, "suv": 1.0, "van": 0.75}[str(kind)]
+        boot = {"car": 0.55, "suv": 0.1, "van": 0.03}[str(kind)]
+        panel = [glass, glass * 0.9, glass, glass * 0.9, paint] if kind != "van" else [glass, paint, glass, paint, paint]
+        faces += frustum(x0 + boot, x1 - bonnet, half - 0.06, waist, height, (0.65, 0.35, 0.18), panel, order=2)
+    angles = np.linspace(0, 2 * np.pi, 8, endpoint=False)
+    for x in (x0 + 0.85, x1 - 0.9):
+        ring = np.stack([x + 0.33 * np.cos(angles), np.zeros(8), 0.33 + 0.33 * np.sin(angles)], -1)
+        faces.append((ring[::-1] + [0, half + 0.01, 0], (28, 28, 30), CAR, 3))
+        faces.append((ring - [0, half + 0.01, 0], (28, 28, 30), CAR, 3))
+    for x, colour in ((x1 - 0.02, (250, 245, 225)), (x0 + 0.02, (190, 25, 25))):
+        for y in (-half + 0.3, half - 0.3):
+            lamp = np.array([(0, -0.16, -0.07), (0, 0.16, -0.07), (0, 0.16, 0.07), (0, -0.16, 0.07)])
+            lamp = lamp if x > 0 else lamp[::-1]
+            faces.append((lamp + [x, y, waist - 0.2], colour, CAR, 3))
+    return make_mesh(faces, anchor=(0, 0)), length, width
+
+
+def park_vehicles(rng, district):
+    """Parked vehicles in the parking strips: a Mesh each, and their outlines."""
+    meshes, outlines = [], []
+    for road in district.roads:
+        for strip, side in zip(road.parking, (-1, 1)):
+            s = road.start + (10.0 if len(district.roads) > 1 else 2.0)
+            while strip and s < road.length - 6:
+                mesh, length, width = make_vehicle(rng)
+                s += length / 2
+                kerb = road.kerbs[0] if side < 0 else road.kerbs[1]
+                (point,), (heading,) = road.at(np.array([s]), kerb - side * (width / 2 + 0.3))
+                outline = road.strip(*sorted([kerb, kerb - side * width]), s - length / 2, s + length / 2)
+                on_crossing = any(Polygon(outline).buffer(1.5).intersects(crossing)
+                                  for crossing in district.crossings + district.map_crossings)
+                if rng.random() < 0.6 and not on_crossing:
+                    facing = heading if (side == road.side) else heading + np.pi
+                    meshes.append(move_mesh(mesh, *point, facing + rng.normal(0, 0.02)))
+                    outlines.append((outline, 1.5))
+                s += length / 2 + rng.uniform(0.6, 1.5)
+    return meshes, outlines
+
+
+def make_building(rng, corners, height, is_night):
+    """Walls in bays of about five metres, each with its windows. corners (4, 2) counter-clockwise."""
+    wall = np.array([[150, 95, 75], [175, 165, 150], [200, 195, 185], [110, 112, 118], [140, 120, 100],
+                     [165, 140, 115]][rng.integers(6)]) * rng.uniform(0.7, 1.1)
+    glass, floor = np.array([62, 76, 90]) * rng.uniform(0.6, 1.2), rng.uniform(2.9, 3.6)
+    faces, anchors = [], []
+    for k in range(4):
+        a, b = corners[k], corners[(k + 1) % 4]
+        bays = max(1, int(round(np.linalg.norm(b - a) / 5)))
+        for bay in range(bays):
+            p, q = a + (b - a) * bay / bays, a + (b - a) * (bay + 1) / bays
+            quad = lambda u0, u1, z0, z1: [(*(p + (q - p) * u0), z0), (*(p + (q - p) * u1), z0),
+                                           (*(p + (q - p) * u1), z1), (*(p + (q - p) * u0), z1)]
+            bay_faces = [(quad(0, 1, 0, height), wall, BUILDING, 0),
+                         (quad(0, 1, 0, 0.6), wall * 0.6, BUILDING, 1)]
+            for z in np.arange(1.0, height - floor + 0.8, floor):
+                for u in (0.12, 0.58):
+                    pane = np.array([600, 520, 330]) if is_night and rng.random() < 0.3 else glass * rng.uniform(0.7, 1.3)
+                    bay_faces.append((quad(u, u + 0.3, z, z + floor * 0.55), pane, BUILDING, 1))
+            faces += bay_faces
+            anchors += [(p + q) / 2] * len(bay_faces)
+    mesh = make_mesh(faces)
+    mesh.anchor = np.array(anchors)
+    return mesh
+
+
+def build_houses(rng, district, is_night):
+    """Rows of houses behind the pavements of every road: a Mesh each, and (outline, height) of each."""
+    meshes, outlines = [], []
+    taken = district.surface.buffer(district.sidewalk_width + 0.8)
+    for road in district.roads:
+        for side in (-1, 1):
+            s = 1.0
+            while s < road.length - 12:
+                length, depth, height = rng.uniform(10, 24), rng.uniform(8, 14), rng.uniform(5, 22)
+                kerb = road.kerbs[0] if side < 0 else road.kerbs[1]
+                front = abs(kerb) + district.sidewalk_width + rng.uniform(1.5, 9)
+                (middle,), (heading,) = road.at(np.array([s + length / 2]), side * (front + depth / 2))
+                along, left = np.array([np.cos(heading), np.sin(heading)]), np.array([-np.sin(heading), np.cos(heading)])
+                corners = np.array([middle + along * u * length / 2 + left * v * depth / 2
+                                    for u, v in ((-1, -1), (1, -1), (1, 1), (-1, 1))])
+                footprint = Polygon(corners)
+                if not footprint.intersects(taken):
+                    taken = taken.union(footprint.buffer(1.0))
+                    meshes.append(make_building(rng, corners, height, is_night))
+                    outlines.append((corners, height))
+                    s += length
+                s += rng.uniform(1.5, 8)
+    return meshes, outlines, taken
+
+
+def plant_roadside(rng, district, taken):
+    """Trees, lamp posts and people: meshes of trunks, posts and bodies, billboards of crowns and heads, shadows."""
+    meshes, boards, outlines = [], [], []
+    for road in district.roads:
+        for side in (-1, 1):
+            for s in np.arange(road.start + 3, road.length - 5, 6.0):
+                kerb = abs(road.kerbs[0] if side < 0 else road.kerbs[1])
+                kind = rng.choice(["tree", "post", "person", "none"], p=[0.3, 0.15, 0.15, 0.4])
+                back = {"tree": district.sidewalk_width + 1.0, "post": 0.7, "person": rng.uniform(0.8, 2.0), "none": 0}[str(kind)]
+                (point,), (heading,) = road.at(np.array([s + rng.uniform(-2, 2)]), side * (kerb + back))
+                if kind == "none" or (taken if kind == "tree" else district.surface).contains(Point(point)) and back < 2.1:
+                    continue
+                if kind == "tree" and taken.difference(district.surface.buffer(district.sidewalk_width + 0.9)).contains(Point(point)):
+                    continue
+                half, top, colour, label = {"tree": (0.14, 2.6, (85, 65, 50), VEGETATION),
+                                            "post": (0.08, rng.uniform(3, 7), (95, 97, 100), POLE),
+                                            "person": (0.22, 1.45, rng.uniform(30, 200, 3), PERSON)}[str(kind)]
+                faces = frustum(-half, half, half, 0, top, colours=[colour] * 5, label=label)
+                meshes.append(move_mesh(make_mesh(faces, anchor=(0, 0)), *point, heading))
+                if kind == "person":
+                    boards.append(((*point, 1.6), 0.14, (200, 160, 130), PERSON))
+                if kind == "tree":
+                    green, size = rng.uniform([40, 70, 25], [95, 125, 60]), rng.uniform(1.2, 2.0)
+                    for _ in range(7):
+                        shift = rng.normal(0, 0.4, 3) * size
+                        boards.append(((point[0] + shift[0], point[1] + shift[1], 2.4 + size + 0.8 * shift[2]),
+                                       size * rng.uniform(0.5, 0.9), green * rng.uniform(0.75, 1.2), VEGETATION))
+                    circle = np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], -1)
+                    outlines.append((point + size * circle, 3.5))
+    return meshes, boards, outlines
