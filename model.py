@@ -27,7 +27,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import CLASSES, IGNORE, Grid, load_pt, project, relative_pose, save_pt, warp
+from reproject import CAMERAS, CLASSES, IGNORE, Grid, load_pt, project, relative_pose, save_pt, warp
 
 NUM_CLASSES = len(CLASSES)
 
@@ -93,7 +93,8 @@ def deformable_attention(values, locations, weights, source):
     output = 0
     for level, value in enumerate(values):
         S, _, D, h, w = value.shape
-        tall = F.pad(value, (0, 0, 0, 1)).permute(1, 2, 0, 3, 4).reshape(M, D, S * (h + 1), w)  # (M, D, S*(h+1), w)
+        tall = F.pad(value.to(locations.dtype), (0, 0, 0, 1))
+        tall = tall.permute(1, 2, 0, 3, 4).reshape(M, D, S * (h + 1), w)  # (M, D, S*(h+1), w)
         x, y = locations[:, :, level].permute(1, 0, 2, 3).unbind(-1)  # (M, R, P) each
         # Positions as fractional indices of pixel centres; the clamp parks far samples on the zeros around their map.
         x = (x * w - 0.5).clamp(-1, w)
@@ -130,18 +131,19 @@ class TemporalSelfAttention(nn.Module):
         nn.init.zeros_(self.weights.weight), nn.init.zeros_(self.weights.bias)
 
     def forward(self, query, position, previous, current, reference, shape):
-        """query, position, previous, current (B, Q, C); reference (Q, 2) in [0, 1]; shape (H, W). -> (B, Q, C)"""
+        """query, position, previous, current (B, Q, C); shape (H, W); reference (B, 2, Q, 2): where each query's ground
+        lies in the previous and in the current BEV, (x, y) in [0, 1]. -> (B, Q, C)"""
         B, Q, C = query.shape
         H, W = shape
         bevs = self.value(torch.stack((previous, current), 1))  # (B, 2, Q, C)
         bevs = bevs.view(2 * B, H, W, self.M, C // self.M).permute(0, 3, 4, 1, 2)  # (2B, M, D, H, W)
         guide = torch.cat((previous, query + position), -1)  # (B, Q, 2C)
-        offsets = self.offsets(guide).view(B, Q, self.M, 2, self.P, 2).float()
-        weights = self.weights(guide).view(B, Q, self.M, 2, self.P).float().softmax(-1)
-        locations = reference.view(Q, 1, 1, 1, 2) + offsets / offsets.new_tensor((W, H))  # (B, Q, M, 2, P, 2)
+        offsets = self.offsets(guide).view(B, Q, self.M, 2, self.P, 2).permute(0, 3, 1, 2, 4, 5).to(reference)
+        weights = self.weights(guide).view(B, Q, self.M, 2, self.P).permute(0, 3, 1, 2, 4).to(reference).softmax(-1)
+        locations = reference[:, :, :, None, None] + offsets / offsets.new_tensor((W, H))  # (B, 2, Q, M, P, 2)
         # Both BEVs are read as if they were samples of a batch of 2B.
-        locations = locations.permute(0, 3, 1, 2, 4, 5).reshape(2 * B * Q, self.M, 1, self.P, 2)
-        weights = weights.permute(0, 3, 1, 2, 4).reshape(2 * B * Q, self.M, 1, self.P)
+        locations = locations.reshape(2 * B * Q, self.M, 1, self.P, 2)
+        weights = weights.reshape(2 * B * Q, self.M, 1, self.P)
         source = torch.arange(2 * B, device=query.device).repeat_interleave(Q)
         mixed = deformable_attention([bevs], locations, weights, source)  # (2BQ, C)
         return query + self.output(mixed.view(B, 2, Q, C).mean(1))  # (B, Q, C)
@@ -168,8 +170,8 @@ class SpatialCrossAttention(nn.Module):
         values = [self.value(f).unflatten(-1, (M, C // M)).permute(0, 3, 4, 1, 2) for f in features]  # (B*N, M, D, h, w)
         flat = query.flatten(0, 1)  # (B*Q, C)
         sizes = torch.tensor([(f.shape[2], f.shape[1]) for f in features], device=query.device)  # (L, 2) as (w, h)
-        offsets = self.offsets(flat).float().view(B * Q, M, L, P // Z, Z, 2) / sizes.view(L, 1, 1, 2)
-        weights = self.weights(flat).float().view(B * Q, M, L * P).softmax(-1)
+        offsets = self.offsets(flat).view(B * Q, M, L, P // Z, Z, 2).to(anchors) / sizes.view(L, 1, 1, 2)
+        weights = self.weights(flat).view(B * Q, M, L * P).to(anchors).softmax(-1)
         locations = anchors.view(R, 1, 1, 1, Z, 2) + offsets[cell]  # (R, M, L, P/Z, Z, 2)
         seen = deformable_attention(values, locations.flatten(3, 4), weights[cell].view(R, M, L, P), camera)  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
@@ -205,7 +207,7 @@ def find_hits(K, ego_T_cam, image_size, grid, bev_shape, heights):
     """
     B, N = K.shape[:2]
     h, w = image_size
-    xy = grid.centres(bev_shape, K.device).flatten(0, 1).to(K.dtype)  # (Q, 2)
+    xy = grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
     z = torch.tensor(heights, dtype=K.dtype, device=K.device)
     pts_ego = torch.cat((xy[:, None].expand(-1, len(z), -1), z[None, :, None].expand(len(xy), -1, -1)), -1)  # (Q, Z, 3)
     with torch.autocast(K.device.type, enabled=False):
@@ -217,43 +219,34 @@ def find_hits(K, ego_T_cam, image_size, grid, bev_shape, heights):
 
 
 class Encoder(nn.Module):
-    """BEVFormer's encoder: learned BEV queries and positions, embeddings for cameras and levels, a stack of layers."""
+    """BEVFormer's encoder: a stack of layers over the same queries, features and projections."""
 
-    def __init__(self, config, cameras=6):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        C, (H, W) = config.channels, config.bev_shape
-        self.query = nn.Parameter(torch.randn(H * W, C))
-        self.row = nn.Parameter(torch.rand(H, C // 2))
-        self.column = nn.Parameter(torch.rand(W, C // 2))
-        self.camera = nn.Parameter(torch.randn(cameras, C))
-        self.level = nn.Parameter(torch.randn(len(config.stages), C))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
 
-    def forward(self, features, K, ego_T_cam, previous=None, has_previous=None):
-        """features: (B, N, C, h, w) a level; previous (B, C, H, W): the last BEV, already warped into this ego frame;
-        has_previous (B,) bool: False where a sample has no history. Returns the BEV features (B, C, H, W)."""
-        c = self.config
-        (B, N), (H, W) = K.shape[:2], c.bev_shape
+    def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None, shift=None):
+        """first, position (B, Q, C): the BEV queries and their positions; features: (B*N, h, w, C) a level;
+        previous (B, Q, C): the last BEV, already warped into this ego frame; has_previous (B,) bool: False where a
+        sample has no history; shift (B, 2): for a caller that, as the official code does, leaves a remaining
+        translation in `previous`: (x, y) in fractions of the grid. Returns the BEV features (B, Q, C)."""
+        c, B = self.config, len(first)
+        H, W = c.bev_shape
         hits = find_hits(K, ego_T_cam, c.image_size, c.grid, c.bev_shape, c.heights)
-        features = [(f + self.camera[:N, :, None, None] + level[:, None, None]).flatten(0, 1).permute(0, 2, 3, 1)
-                    for f, level in zip(features, self.level)]  # (B*N, h, w, C) a level
-        first = self.query.expand(B, -1, -1)  # (B, Q, C)
-        position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
-        position = position.flatten(0, 1).expand(B, -1, -1)  # (B, Q, C)
-        rows, columns = (torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W
-        reference = torch.stack((columns.expand(H, W), rows[:, None].expand(H, W)), -1).view(-1, 2).to(first)  # (Q, 2)
+        reference = (c.grid.normalise(c.grid.centres(K, c.bev_shape)) + 1) / 2  # (H, W, 2) as (x, y) in [0, 1]
+        reference = reference.view(H * W, 2).expand(B, 2, -1, -1)  # (B, 2, Q, 2)
+        if shift is not None:
+            reference = reference + torch.stack((shift, torch.zeros_like(shift)), 1).unsqueeze(2)
         query = first
-        if previous is not None:
-            previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
-            keep = has_previous.view(B, 1, 1)
         for layer in self.layers:
             # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
             # without, both stand for the layer's own input.
-            then, now = (query, query) if previous is None else (
-                torch.where(keep, previous, query), torch.where(keep, first, query))
+            then = now = query
+            if previous is not None:
+                then, now = (torch.where(has_previous.view(B, 1, 1), bev, query) for bev in (previous, first))
             query = layer(query, position, then, now, reference, (H, W), features, hits)
-        return query.transpose(1, 2).reshape(B, -1, H, W)  # (B, C, H, W)
+        return query
 
 
 # ---------------------------------------------------------------- the network
@@ -274,6 +267,11 @@ class BEVSegmenter(nn.Module):
         widths = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in widths]
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
         self.fpn = FeaturePyramidNetwork(widths, C)
+        H, W = config.bev_shape
+        self.query = nn.Parameter(torch.randn(H * W, C))
+        self.row, self.column = nn.Parameter(torch.rand(H, C // 2)), nn.Parameter(torch.rand(W, C // 2))
+        self.camera = nn.Parameter(torch.randn(len(CAMERAS), C))
+        self.level = nn.Parameter(torch.randn(len(config.stages), C))
         self.encoder = Encoder(config)
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), nn.BatchNorm2d(C // 2), nn.ReLU(),
@@ -296,13 +294,20 @@ class BEVSegmenter(nn.Module):
         self.backbone.load_state_dict({key: value for key, value in state.items() if key in have})
 
     def forward(self, image, K, ego_T_cam, previous=None, has_previous=None):
-        """image (B, N, 3, h, w) uint8, K (B, N, 3, 3) in pixels of that image, ego_T_cam (B, N, 4, 4);
-        previous, has_previous: see Encoder. Returns logits (B, classes, H, W) on the fine grid and the BEV features."""
-        B = len(image)
+        """image (B, N, 3, h, w) uint8, K (B, N, 3, 3) in pixels of that image, ego_T_cam (B, N, 4, 4); previous
+        (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
+        Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
+        (B, N), (H, W) = K.shape[:2], self.config.bev_shape
         image = ((image.flatten(0, 1) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        features = self.fpn(self.backbone(image))  # (B*N, C, h/8, w/8), ...
-        features = [f.unflatten(0, (B, -1)) for f in features.values()]  # (B, N, C, h/8, w/8), ...
-        bev = self.encoder(features, K, ego_T_cam, previous, has_previous)  # (B, C, bev_H, bev_W)
+        features = self.fpn(self.backbone(image)).values()  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
+        features = [(f.unflatten(0, (B, N)) + self.camera[:N, :, None, None] + level[:, None, None])
+                    .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h/8, w/8, C)
+        position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
+        if previous is not None:
+            previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
+        bev = self.encoder(self.query.expand(B, -1, -1), position.flatten(0, 1), features, K, ego_T_cam, previous,
+                           has_previous)  # (B, Q, C)
+        bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, C, bev_H, bev_W)
         fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)  # (B, C, H, W)
         return self.classify(fine), bev
 

@@ -15,6 +15,7 @@ The way down, `render` (BEV -> cameras), is the heart of the self-supervision: e
 and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp` carries a
 BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
 """
+import contextlib
 import json
 import os
 import pickle
@@ -51,12 +52,13 @@ class Grid:
         return (round((self.x_range[1] - self.x_range[0]) / self.cell),
                 round((self.y_range[1] - self.y_range[0]) / self.cell))
 
-    def centres(self, shape=None, device=None):
-        """Cell centres (H, W, 2) as (x, y) in metres; `shape` asks for another number of cells on the same ground."""
+    def centres(self, like, shape=None):
+        """Cell centres (H, W, 2) as (x, y) in metres, with dtype and device of the tensor `like`; `shape` asks for
+        another number of cells on the same ground."""
         H, W = shape or self.shape
-        x = torch.linspace(self.x_range[1], self.x_range[0], 2 * H + 1, dtype=torch.float64, device=device)[1::2]
-        y = torch.linspace(self.y_range[1], self.y_range[0], 2 * W + 1, dtype=torch.float64, device=device)[1::2]
-        return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1).float()  # (H, W, 2)
+        x = torch.linspace(self.x_range[1], self.x_range[0], 2 * H + 1, dtype=torch.float64)[1::2]
+        y = torch.linspace(self.y_range[1], self.y_range[0], 2 * W + 1, dtype=torch.float64)[1::2]
+        return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1).to(like)  # (H, W, 2)
 
     def normalise(self, xy):
         """Ego (x, y) in metres (..., 2) -> grid_sample coordinates (..., 2): (column, row), inside is [-1, 1]."""
@@ -152,7 +154,7 @@ def cells_in_cameras(K, ego_T_cam, image_size, grid):
     (B, N, H, W) bool: in front of the camera and within its image.
     """
     h, w = image_size
-    pts_ego = F.pad(grid.centres(device=K.device).to(K.dtype), (0, 1))  # (H, W, 3), on the ground
+    pts_ego = F.pad(grid.centres(K), (0, 1))  # (H, W, 3), on the ground
     uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
     where = 2 * uv / uv.new_tensor((w, h)) - 1
     return where, (depth > 0) & (where.abs() <= 1).all(-1)
@@ -181,27 +183,100 @@ def warp(bev, prev_T_cur, grid):
     Returns (B, C, H, W), zero where the previous grid did not reach, and valid (B, H, W) bool.
     """
     with torch.autocast(bev.device.type, enabled=False):
-        pts_cur = F.pad(grid.centres(bev.shape[-2:], bev.device).to(prev_T_cur.dtype), (0, 1))  # (H, W, 3)
+        pts_cur = F.pad(grid.centres(prev_T_cur, bev.shape[-2:]), (0, 1))  # (H, W, 3)
         xy_prev = transform(prev_T_cur[:, None, None], pts_cur)[..., :2]  # (B, H, W, 2)
         where = grid.normalise(xy_prev).to(bev.dtype)
         return F.grid_sample(bev, where, align_corners=False), (where.abs() <= 1).all(-1)
 
 
+# ---------------------------------------------------------------- nuScenes tables (stages 01 and 02)
+
+def pose_matrix(record):
+    """a_T_b (4, 4) float64 from the `rotation` (w, x, y, z) and `translation` of an ego_pose or calibrated_sensor."""
+    w, x, y, z = F.normalize(torch.tensor(record["rotation"], dtype=torch.float64), dim=0).tolist()
+    a_T_b = torch.eye(4, dtype=torch.float64)
+    a_T_b[0, :3] = a_T_b.new_tensor((1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)))
+    a_T_b[1, :3] = a_T_b.new_tensor((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)))
+    a_T_b[2, :3] = a_T_b.new_tensor((2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)))
+    a_T_b[:3, 3] = torch.tensor(record["translation"], dtype=torch.float64)
+    return a_T_b
+
+
+def levelled(world_T_ego):
+    """The same place and heading without roll and pitch: our ego frame stands upright on the ground."""
+    c, s = F.normalize(world_T_ego[:2, 0], dim=0)  # where the car's x axis points, seen from above
+    level = torch.eye(4, dtype=torch.float64)
+    level[:2, :2] = torch.stack((torch.stack((c, -s)), torch.stack((s, c))))
+    level[:3, 3] = world_T_ego[:3, 3]
+    return level
+
+
+def open_tables(NuScenes, dataroot, version):
+    """The devkit's NuScenes object (the class is handed in: this file does without the devkit)."""
+    folder = Path(dataroot) / version
+    if not folder.is_dir():
+        sys.exit(f"error: there is no folder {folder}: set --dataroot and --version to a nuScenes data set "
+                 "(tests/toyworld.py writes data/toy, version v1.0-trainval)")
+    try:
+        return NuScenes(version, str(dataroot), verbose=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        for path in sorted(folder.glob("*.json")):
+            read_json(path, "unpack the data set's metadata again")  # names the damaged table, if it is one
+        sys.exit(f"error: {folder}: the tables do not fit together ({type(error).__name__}: {error}): "
+                 "unpack the data set's metadata again")
+
+
+def key_frames(nusc, scene):
+    """A scene's samples in time order."""
+    samples, token = [], scene["first_sample_token"]
+    while token:
+        samples.append(nusc.get("sample", token))
+        token = samples[-1]["next"]
+    return samples
+
+
+def world_from_ego(nusc, sample):
+    """world_T_ego (4, 4) float64 of a key frame: levelled, at its LIDAR_TOP time."""
+    lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
+    return levelled(pose_matrix(nusc.get("ego_pose", lidar["ego_pose_token"])))
+
+
 # ---------------------------------------------------------------- files
 
-def save_pt(content, path):
-    """Write a .pt whole or not at all: a temporary name, flushed to disk, then renamed."""
+def read_json(path, remedy):
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be read ({error.strerror}): {remedy}")
+    except ValueError:
+        sys.exit(f"error: {path} is damaged: {remedy}")
+
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file to be written whole or not at all: a temporary name, flushed to disk, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_pt(content, path):
+    with whole_file(path) as file:
+        torch.save(content, file)
+
+
+def save_json(content, path):
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def load_pt(path, remedy):
@@ -216,13 +291,7 @@ def load_pt(path, remedy):
 
 def read_splits(out):
     """{"train": [scene names], "val": [scene names]} as 02_bev_gt.py wrote them."""
-    path = Path(out) / "splits.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        sys.exit(f"error: {path} is missing: run 02_bev_gt.py")
-    except ValueError:
-        sys.exit(f"error: {path} is damaged: delete it, then run 02_bev_gt.py")
+    return read_json(Path(out) / "splits.json", "run 02_bev_gt.py")
 
 
 def make_meta(config, source):
@@ -238,6 +307,20 @@ def check_meta(path, meta, config, keys, remedy):
     for key in ("format", "classes", *keys):
         if meta.get(key) != expected[key]:
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {expected[key]}: {remedy}")
+
+
+def is_finished(path, meta, tokens, remedy):
+    """Whether `path` holds what this run would write; stop with one line if it was made some other way."""
+    if not Path(path).exists():
+        return False
+    found = load_pt(path, "run again")
+    expected = {**meta, **meta["source"], "key frames": tokens}
+    found = {**found["meta"], **found["meta"]["source"], "key frames": found["token"]}
+    for key in expected.keys() - {"source"}:
+        if found.get(key) != expected[key]:
+            change = "" if key == "key frames" else f" {found.get(key)}, now {expected[key]}"
+            sys.exit(f"error: {path} was made with other {key}{change}: {remedy}")
+    return True
 
 
 class Frames(torch.utils.data.Dataset):

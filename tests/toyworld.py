@@ -45,7 +45,7 @@ from tqdm import tqdm
 LABELS = ["Road", "Lane Marking - General", "Lane Marking - Crosswalk", "Curb", "Sidewalk", "Terrain", "Building",
           "Vegetation", "Car", "Person", "Pole", "Sky", "Ego Vehicle"]
 ROAD, MARKING, CROSSWALK, CURB, SIDEWALK, TERRAIN, BUILDING, VEGETATION, CAR, PERSON, POLE, SKY, EGO = range(len(LABELS))
-UNLABELLED = 255                      # a face that changes the colour but not the label: contact shadows
+UNLABELLED = 255                      # a face that changes the colour but not the label: windows, contact shadows
 THIN = (CURB, MARKING, CROSSWALK)     # labels that win a pixel from half of its samples on; the last one wins ties
 
 IMAGE_W, IMAGE_H = 512, 288
@@ -145,9 +145,9 @@ class Road:
         return centre + np.asarray(offset)[..., None] * left, heading
 
     def offset_line(self, offset, start, stop):
-        """(M, 2) world points of the line at `offset`, a point a metre from arc length `start` to `stop`."""
-        s = np.append(np.arange(start, stop - 0.01, 1.0), stop)
-        return self.at(s, offset)[0]
+        """(M, 2) world points of the line at `offset` from arc length `start` to `stop`: its ends and all whole metres
+        between them. So polygons that share an edge share its points, and their union has no hairline gaps."""
+        return self.at(np.unique([start, *np.arange(np.ceil(start), stop), stop]), offset)[0]
 
     def strip(self, right, left, start, stop):
         """(M, 2) outline, counter-clockwise, of what lies between two offsets and two arc lengths."""
@@ -309,8 +309,8 @@ def add_junction(district):
         road.start = 6.0
         while any(rounded.contains(Point(road.at(np.array([road.start]), kerb + step)[0][0]))
                   for kerb, step in zip(road.kerbs, (-0.05, 0.05))):
-            road.start += 0.5
-    # The junction reaches 0.3 m into its roads, so that the union of all polygons has no hairline gaps.
+            road.start += 1.0
+    # The junction reaches 0.3 m into its roads, so that the union of all has no gaps.
     outside = unary_union([Polygon(road.strip(road.kerbs[0] - 1, road.kerbs[1] + 1, road.start + 0.3, road.length + 1))
                            for road in roads])
     pieces = rounded.difference(outside)
@@ -318,7 +318,7 @@ def add_junction(district):
 
 
 def add_crossing(rng, district, road, start, width):
-    """A zebra over the whole road from arc length `start`; the map may not have it (about one in sixteen)."""
+    """A zebra over the whole road from arc length `start`; one in twenty is missing from the map."""
     right, left = road.kerbs
     outline = road.strip(right + KERB_WIDTH / 2, left - KERB_WIDTH / 2, start, start + width)
     district.paint.append((outline, None, CROSSWALK))
@@ -327,7 +327,7 @@ def add_crossing(rng, district, road, start, width):
         district.paint.append((road.strip(offset, offset + stripe, start, start + width), "white", None))
     polygon = Polygon(road.strip(right, left, start, start + width))
     district.crossings.append(polygon)
-    if rng.random() > 1 / 16:
+    if rng.random() > 1 / 20:
         district.map_crossings.append(polygon)
 
 
@@ -355,8 +355,8 @@ def add_arrow(district, road, s, offset, outwards, turn):
 
 def add_line(district, road, offset, start, stop, dash=None, colour="white"):
     """A painted line of PAINT_WIDTH; dash = (painted, blank) lengths in metres, or None for a solid line."""
-    painted, blank = dash or (stop - start, 0.0)
-    for s in np.arange(start, stop - 0.5, painted + blank):
+    painted, blank = dash or (ROAD_LENGTH * 3, 0.0)
+    for s in np.arange(start, stop - 0.5, painted + blank):     # a rest of under half a metre is left out
         outline = road.strip(offset - PAINT_WIDTH / 2, offset + PAINT_WIDTH / 2, s, min(s + painted, stop))
         district.paint.append((outline, colour, MARKING))
 
@@ -390,7 +390,7 @@ def furnish_junction_road(rng, district, road):
     if rng.random() < 0.75:
         add_crossing(rng, district, road, end + 0.4, width)
         end += width + 1.6
-    elif rng.random() < 1 / 8:          # a crossing that is in the map only
+    elif rng.random() < 1 / 10:         # a crossing that is in the map only
         district.map_crossings.append(Polygon(road.strip(*road.kerbs, end + 0.4, end + 0.4 + width)))
     if rng.random() < 0.8:
         add_stop_line(district, road, end, outwards=False)
@@ -424,7 +424,7 @@ def make_district(rng, origin, side):
     if is_junction:
         add_junction(district)
     for road in district.roads:
-        half_way = (road.start + road.length) / 2
+        half_way = (road.start + road.length) // 2
         for start, stop in ((road.start, half_way), (half_way, road.length)):
             district.segments.append((Polygon(road.strip(*road.kerbs, start, stop)), False))
         for outwards, count in ((True, road.lanes_out), (False, road.lanes_in)):
@@ -590,8 +590,7 @@ def make_vehicle(rng):
     paint = np.array([[225, 225, 222], [190, 192, 195], [120, 122, 126], [40, 42, 46], [150, 30, 30], [40, 70, 130],
                       [200, 180, 140], [60, 90, 70]][rng.integers(8)], float)
     glass, x0, x1, half = np.array([45, 55, 62.0]), -length / 2, length / 2, width / 2
-    faces = [([(x0 - 0.1, -half - 0.1, 0.01), (x1 + 0.1, -half - 0.1, 0.01), (x1 + 0.1, half + 0.1, 0.01),
-               (x0 - 0.1, half + 0.1, 0.01)], (22, 22, 24), UNLABELLED, 0)]
+    faces = [([(x0, -half, 0.01), (x1, -half, 0.01), (x1, half, 0.01), (x0, half, 0.01)], (30, 30, 32), UNLABELLED, 0)]
     faces += frustum(x0, x1, half, 0.28, waist, (0.08, 0.05, 0.03), [paint] * 5, order=1)
     if kind == "lorry":
         faces += frustum(x0, x1 - 2.0, half, waist, height, (0, 0, 0), [paint * 0.9] * 5, order=2)
@@ -650,11 +649,11 @@ def make_building(rng, corners, height, is_night):
             quad = lambda u0, u1, z0, z1: [(*(p + (q - p) * u0), z0), (*(p + (q - p) * u1), z0),
                                            (*(p + (q - p) * u1), z1), (*(p + (q - p) * u0), z1)]
             bay_faces = [(quad(0, 1, 0, height), wall, BUILDING, 0),
-                         (quad(0, 1, 0, 0.6), wall * 0.6, BUILDING, 1)]
+                         (quad(0, 1, 0, 0.6), wall * 0.6, UNLABELLED, 1)]
             for z in np.arange(1.0, height - floor + 0.8, floor):
                 for u in (0.12, 0.58):
                     pane = np.array([600, 520, 330]) if is_night and rng.random() < 0.3 else glass * rng.uniform(0.7, 1.3)
-                    bay_faces.append((quad(u, u + 0.3, z, z + floor * 0.55), pane, BUILDING, 1))
+                    bay_faces.append((quad(u, u + 0.3, z, z + floor * 0.55), pane, UNLABELLED, 1))
             faces += bay_faces
             anchors += [(p + q) / 2] * len(bay_faces)
     mesh = make_mesh(faces)
@@ -703,11 +702,13 @@ def plant_roadside(rng, district, taken):
                     continue
                 half, top, colour, label = {"tree": (0.14, 2.6, (85, 65, 50), VEGETATION),
                                             "post": (0.08, rng.uniform(3, 7), (95, 97, 100), POLE),
-                                            "person": (0.22, 1.45, rng.uniform(30, 200, 3), PERSON)}[str(kind)]
+                                            "person": (0.15, 0.8, rng.uniform(25, 90) * np.ones(3), PERSON)}[str(kind)]
                 faces = frustum(-half, half, half, 0, top, colours=[colour] * 5, label=label)
-                meshes.append(move_mesh(make_mesh(faces, anchor=(0, 0)), *point, heading))
                 if kind == "person":
-                    boards.append(((*point, 1.6), 0.14, (200, 160, 130), PERSON))
+                    coat = rng.uniform(40, 180) * rng.uniform(0.6, 1.2, 3)
+                    faces += frustum(-0.2, 0.2, 0.25, 0.75, 1.48, (0.08, 0.08, 0.06), [coat] * 5, PERSON, 1)
+                    boards.append(((*point, 1.6), 0.13, rng.uniform(0.4, 1.0) * np.array([225, 180, 150]), PERSON))
+                meshes.append(move_mesh(make_mesh(faces, anchor=(0, 0)), *point, heading))
                 if kind == "tree":
                     green, size = rng.uniform([40, 70, 25], [95, 125, 60]), rng.uniform(1.2, 2.0)
                     for _ in range(7):
@@ -717,3 +718,573 @@ def plant_roadside(rng, district, taken):
                     circle = np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], -1)
                     outlines.append((point + size * circle, 3.5))
     return meshes, boards, outlines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+
+def make_weather(rng, kind):
+    """Draws light, air and camera noise. kind: "Day", "Rain" or "Night"."""
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.1)
+    sun = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
+    overcast = rng.uniform(0, 1)
+    weather = Weather(kind, sun, 0.55 + 0.25 * overcast, 0.55 * (1 - overcast),
+                      sky_top=np.array([95, 140, 205]) * (1 - overcast) + np.array([165, 170, 178]) * overcast,
+                      sky_low=np.array([195, 210, 228]) * (1 - overcast) + np.array([205, 207, 210]) * overcast,
+                      clouds=rng.uniform(8, 28), haze_length=rng.uniform(120, 400),
+                      gain=rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3),
+                      noise=rng.uniform(1.5, 4.0), wear=rng.uniform(0.05, 0.5))
+    if kind == "Rain":
+        grey = rng.uniform(0.8, 1.0)
+        weather.ambient, weather.diffuse, weather.haze_length = 0.85, 0.0, rng.uniform(60, 110)
+        weather.clouds, weather.gain = 8.0, weather.gain + 0.05
+        weather.sky_top, weather.sky_low = np.array([150, 155, 162]) * grey, np.array([185, 188, 192]) * grey
+    if kind == "Night":
+        weather.ambient, weather.diffuse, weather.haze_length = rng.uniform(0.30, 0.42), 0.0, rng.uniform(60, 120)
+        weather.sky_top, weather.sky_low = np.array([8, 9, 16.0]), np.array([34, 30, 30.0])
+        weather.clouds, weather.noise = 4.0, rng.uniform(4.0, 6.5)
+        weather.gain = weather.gain * np.array([1.08, 1.0, 0.88])
+    return weather
+
+
+def describe(rng, weather, parked, district, way):
+    """A description in nuScenes' words, such as "Rain, parked cars, turn left, ped crossing"."""
+    words = [way]
+    if parked:
+        words.append("parked cars")
+    if len(district.roads) > 1:
+        words.append("intersection")
+    if district.crossings:
+        words.append("ped crossing")
+    rng.shuffle(words)
+    text = ", ".join(([weather.kind] if weather.kind != "Day" else []) + words)
+    return text[0].upper() + text[1:]
+
+
+def make_scene(plan):
+    """Builds the scene that a Plan stands for; everything in it follows from plan.key."""
+    rng = np.random.default_rng(plan.key)
+    weather = make_weather(rng, plan.weather)
+    right_hand = plan.location in RIGHT_HAND_TRAFFIC or (plan.location == SEGMENTER_TOWN and rng.random() < 0.5)
+    district = make_district(rng, plan.origin, -1 if right_hand else 1)
+    times = np.arange(-0.5, plan.frames * FRAME_PERIOD + 0.5, 0.02)
+    ego, route, ego_s, way = drive_ego(rng, district.roads, times)
+    parked, parked_outlines = park_vehicles(rng, district)
+    houses, house_outlines, taken = build_houses(rng, district, weather.kind == "Night")
+    roadside, boards, tree_outlines = plant_roadside(rng, district, taken)
+    centres, radii, colours, labels = zip(*boards)
+    movers = [(make_vehicle(rng)[0], path) for path in drive_others(rng, district.roads, times, ego, route, ego_s)]
+    wobble = np.stack([np.radians(rng.uniform(0.05, 0.3, 2)), rng.uniform(1, 5, 2), rng.uniform(0, 6.3, 2)], -1)
+    return Scene(plan, district, weather, describe(rng, weather, parked, district, way),
+                 np.concatenate([times[:, None], ego[:, :2]], 1), ego[:, 2], wobble, rng.normal(0, MAP_ERROR, 2),
+                 join_meshes(parked + houses + roadside), tuple(map(np.array, (centres, radii, colours, labels))),
+                 movers, parked_outlines + house_outlines + tree_outlines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ground raster
+
+GROUND_COLOURS = {"white": (225, 225, 220), "yellow": (215, 165, 45)}
+
+
+def rings(geometry):
+    """All exterior and interior rings of a (Multi)Polygon as (N, 2) arrays; fillPoly leaves the holes out."""
+    parts = getattr(geometry, "geoms", [geometry])
+    return [np.array(ring.coords) for part in parts for ring in (part.exterior, *part.interiors)]
+
+
+class Ground:
+    """The ground as a raster: cell (row, column) covers [y0 + row * TEXEL, ...) x [x0 + column * TEXEL, ...).
+
+    mips[k] (H / 2^k, W / 2^k, 3) uint8 RGB, lit; labels (H, W) uint8.
+    """
+
+    def __init__(self, scene, rng):
+        low, high = scene.ego_path[:, 1:].min(0) - VIEW_RADIUS, scene.ego_path[:, 1:].max(0) + VIEW_RADIUS
+        self.origin = low
+        width, height = (np.ceil((high - low) / TEXEL / 32) * 32).astype(int)
+        weather, district = scene.weather, scene.district
+        wet = 0.72 if weather.kind == "Rain" else 1.0
+        asphalt = np.array([1.0, 1.0, 1.02]) * rng.uniform(75, 115) * wet
+        kerb, pavement = rng.uniform(135, 185) * np.array([1, 0.99, 0.96]), rng.uniform(120, 165) * np.array([1, 0.97, 0.93])
+        self.labels = np.full((height, width), TERRAIN, np.uint8)
+        self.colour = np.empty((height, width, 3), np.uint8)
+        self.colour[:] = rng.uniform([75, 90, 45], [115, 125, 70])
+        self.fill(rings(district.surface.buffer(district.sidewalk_width)), pavement * wet, SIDEWALK)
+        # fillPoly also fills the cells its outline runs through, half a cell too much: hence the "- TEXEL / 2" here.
+        self.fill(rings(district.surface.buffer(KERB_WIDTH / 2 - TEXEL / 2)), kerb * wet, CURB)
+        self.fill(rings(district.surface.buffer(-KERB_WIDTH / 2 - TEXEL / 2)), asphalt, ROAD)
+        self.wear_road(rng, scene, asphalt)
+        self.lay_paint(rng, scene)
+        self.add_texture(rng)
+        self.cast_shadows(scene)
+        light = weather.ambient + weather.diffuse * weather.sun[2]
+        self.mips = [cv2.convertScaleAbs(self.colour, alpha=light)]
+        for _ in range(4):
+            self.mips.append(cv2.resize(self.mips[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+        del self.colour
+
+    def cells(self, points):
+        """World points (N, 2) -> fillPoly's fixed-point (column, row), 4 fractional bits, cell centres at whole numbers."""
+        return np.round(((np.asarray(points) - self.origin) / TEXEL - 0.5) * 16).astype(np.int32)
+
+    def fill(self, outlines, colour, label=None):
+        """Fills outlines (even-odd), in colour and, if given, in label."""
+        outlines = [self.cells(outline) for outline in outlines]
+        cv2.fillPoly(self.colour, outlines, tuple(map(float, colour)), shift=4)
+        if label is not None:
+            cv2.fillPoly(self.labels, outlines, int(label), shift=4)
+
+    def wear_road(self, rng, scene, asphalt):
+        """Patches, tar seams and manholes: things on a road that are not paint."""
+        for road in scene.district.roads:
+            low, high = road.kerbs[0] + 0.3, road.kerbs[1] - 0.3
+            for _ in range(8):
+                s, offset = rng.uniform(0, road.length - 12), rng.uniform(low, high - 1)
+                patch = road.strip(offset, min(offset + rng.uniform(0.8, 3), high), s, s + rng.uniform(2, 12))
+                self.fill([patch], asphalt * rng.uniform(0.8, 1.15))
+            for _ in range(6):
+                s = rng.uniform(0, road.length - 21)
+                along = np.linspace(s, s + rng.uniform(5, 20), 12)
+                seam, _ = road.at(along, rng.uniform(low, high) + rng.normal(0, 0.05, 12))
+                cv2.polylines(self.colour, [self.cells(seam)], False, tuple(asphalt * 0.55), 1, shift=4)
+            for _ in range(4):
+                (centre,), _ = road.at(rng.uniform(0, road.length, 1), rng.uniform(low, high))
+                cv2.circle(self.colour, tuple(map(int, self.cells(centre))), int(0.35 / TEXEL * 16), tuple(asphalt * 0.7), -1,
+                           shift=4)
+
+    def lay_paint(self, rng, scene):
+        """Paint is laid over the asphalt with an opacity that varies from place to place."""
+        mask = np.zeros(self.labels.shape, np.uint8)
+        names = list(GROUND_COLOURS)
+        for outline, colour, label in scene.district.paint:
+            cells = self.cells(Polygon(outline).buffer(-TEXEL / 2, join_style=2).exterior.coords)
+            if label is not None:
+                cv2.fillPoly(self.labels, [cells], int(label), shift=4)
+            if colour is not None:
+                cv2.fillPoly(mask, [cells], names.index(colour) + 1, shift=4)
+        coarse, fine = rng.random((64, 64), np.float32), rng.random((512, 512), np.float32)
+        coarse = cv2.resize(coarse, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        rows, columns = np.nonzero(mask)
+        wear = scene.weather.wear * (0.4 + coarse[rows, columns]) + 0.5 * (fine[rows % 512, columns % 512] - 0.5)
+        opacity = np.clip(1 - wear, 0.2, 0.95)[:, None]
+        paint = np.array([GROUND_COLOURS[name] for name in names])[mask[rows, columns] - 1]
+        self.colour[rows, columns] = opacity * paint + (1 - opacity) * self.colour[rows, columns]
+
+    def add_texture(self, rng):
+        """Multiplies by fine and coarse noise, from one tile that is repeated."""
+        fine = rng.standard_normal((768, 768), np.float32) * 0.05
+        coarse = cv2.resize(rng.standard_normal((24, 24), np.float32) * 0.05, (768, 768), interpolation=cv2.INTER_CUBIC)
+        tile = np.clip((1 + fine + coarse) * 128, 0, 255).astype(np.uint8)
+        height, width = self.labels.shape
+        tiled = np.tile(tile, (height // 768 + 1, width // 768 + 1))[:height, :width]
+        self.colour = cv2.multiply(self.colour, cv2.merge([tiled] * 3), scale=1 / 128)
+
+    def cast_shadows(self, scene):
+        """Darkens what lies in the shadow of houses, trees and parked vehicles."""
+        weather = scene.weather
+        if weather.diffuse < 0.05:
+            return
+        shade = np.full(self.labels.shape, 255, np.uint8)
+        strength = weather.ambient / (weather.ambient + weather.diffuse * weather.sun[2])
+        for outline, height in scene.footprints:
+            far_end = outline - weather.sun[:2] / weather.sun[2] * height
+            hull = cv2.convexHull(self.cells(np.concatenate([outline, far_end])))
+            cv2.fillPoly(shade, [hull], int(255 * strength), shift=4)
+        shade = cv2.blur(shade, (7, 7))
+        self.colour = cv2.multiply(self.colour, cv2.merge([shade] * 3), scale=1 / 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+class Renderer:
+    """Draws one scene from any of its cameras. Images (288, 512, 3) uint8 RGB, labels (288, 512) uint8 ids into LABELS."""
+
+    def __init__(self, scene):
+        self.scene = scene
+        rng = np.random.default_rng([*scene.plan.key, 1])
+        self.ground = Ground(scene, rng)
+        clouds = sum(cv2.resize(rng.standard_normal((2 ** k, 2 ** (k + 1)), np.float32), (256, 128),
+                                interpolation=cv2.INTER_CUBIC) / 2 ** (k - 2) for k in (2, 3, 4, 5))
+        self.clouds = np.concatenate([clouds, clouds[:, ::-1]], 1) * scene.weather.clouds    # so that it closes
+
+    def render(self, camera, time, seed):
+        """The picture and the true labels of `camera` at `time` (s from the first key frame). seed: of the noise."""
+        translation, quaternion = ego_pose(self.scene, time)
+        K, ego_T_cam = camera_calibration(camera)
+        world_T_cam = make_transform(rotation_from_quaternion(quaternion), translation) @ ego_T_cam
+        cam_T_world = np.linalg.inv(world_T_cam)
+        canvas = self.draw_sky(K, world_T_cam)                              # (576, 1024, 3): 2 x 2 samples a pixel
+        labels = np.full(canvas.shape[:2], SKY, np.uint8)
+        self.draw_ground(canvas, labels, K, cam_T_world, camera)
+        self.draw_faces(canvas, labels, K, cam_T_world, time)
+        if camera == "CAM_BACK":
+            for image, value in ((canvas, (np.array([205, 206, 208]) * self.light()).tolist()), (labels, EGO)):
+                cv2.ellipse(image, (586, 582), (416, 52), 0, 0, 360, value, -1)
+        return self.expose(canvas, seed), reduce_labels(labels)
+
+    def light(self):
+        """Brightness of an upright surface."""
+        return self.scene.weather.ambient + 0.4 * self.scene.weather.diffuse
+
+    def draw_sky(self, K, world_T_cam):
+        """(576, 1024, 3) uint8: a gradient and clouds, by the direction in which each pixel looks."""
+        weather = self.scene.weather
+        columns, rows = np.meshgrid(np.arange(64) + 0.5, np.arange(36) + 0.5)
+        pixels = np.stack([columns * IMAGE_W / 64, rows * IMAGE_H / 36, np.ones_like(columns)])
+        rays = np.einsum("ij,jhw->ihw", world_T_cam[:3, :3] @ np.linalg.inv(K), pixels)
+        elevation = np.arctan2(rays[2], np.hypot(rays[0], rays[1]))
+        azimuth = np.arctan2(rays[1], rays[0])
+        rise = np.clip(elevation / 0.5, 0, 1)[..., None] ** 0.7
+        cloud = cv2.remap(self.clouds, ((azimuth / (2 * np.pi) + 0.5) * 512).astype(np.float32),
+                          np.clip(elevation * 120, 0, 127).astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        sky = weather.sky_low * (1 - rise) + weather.sky_top * rise + cloud[..., None] * rise
+        return cv2.resize(np.clip(sky, 0, 255).astype(np.uint8), (2 * IMAGE_W, 2 * IMAGE_H), interpolation=cv2.INTER_LINEAR)
+
+    def draw_ground(self, canvas, labels, K, cam_T_world, camera):
+        """Looks the ground up where a pixel's ray meets it nearer than FAR_GROUND; hazes it by depth."""
+        homography = K @ cam_T_world[:3][:, [0, 1, 3]]       # world (x, y, 1) -> depth * pixel (u, v, 1)
+        inverse = np.linalg.inv(homography)                  # pixel (u, v, 1) -> world (x, y, 1) / depth
+        height, width = labels.shape
+        u, v = (np.arange(width) + 0.5) / 2, (np.arange(height) + 0.5) / 2
+        per_depth = (inverse[2, 0] * u)[None] + (inverse[2, 1] * v + inverse[2, 2])[:, None]     # 1 / m, (576, 1024)
+        seen = per_depth > 1 / FAR_GROUND
+        top = int(np.argmax(seen.any(1)))
+        depth = 1 / np.maximum(per_depth[:, width // 2], 1 / FAR_GROUND)
+        # Sample distances on the ground, across and along the view: a mip level whose cells are their geometric mean.
+        across, along = depth / K[0, 0] / 2, depth ** 2 / (K[1, 1] * 1.5) / 4
+        level = np.clip(np.round(np.log2(np.sqrt(across * along) / TEXEL) - 0.3), 0, len(self.ground.mips) - 1).astype(int)
+        picture = np.empty((height - top, width, 3), np.uint8)
+        edges = [top, *(np.flatnonzero(np.diff(level[top:])) + top + 1), height]
+        for start, stop in zip(edges[:-1], edges[1:]):       # bands of rows of one level, 4 samples a pixel downwards
+            raster = self.raster_from_pixel(inverse, TEXEL * 2 ** level[start], 2, 4, start * 2)
+            band = cv2.warpPerspective(self.ground.mips[level[start]], raster, (width, (stop - start) * 2),
+                                       flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+            cv2.resize(band, (width, stop - start), dst=picture[start - top:stop - top], interpolation=cv2.INTER_AREA)
+        haze, gain = self.haze(depth[top:]), self.headlights(camera, depth[top:])
+        picture = picture * ((1 - haze) * gain)[:, None, None].astype(np.float32)
+        picture += (haze[:, None] * self.scene.weather.sky_low)[:, None].astype(np.float32)
+        cv2.copyTo(np.minimum(picture, 255).astype(np.uint8), seen[top:].astype(np.uint8), canvas[top:])
+        raster = self.raster_from_pixel(inverse, TEXEL, 2, 2, top)
+        found = cv2.warpPerspective(self.ground.labels, raster, (width, height - top),
+                                    flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+        cv2.copyTo(found, seen[top:].astype(np.uint8), labels[top:])
+
+    def raster_from_pixel(self, inverse, cell, per_column, per_row, first_row):
+        """(3, 3) from OpenCV indices of samples (per_column x per_row a pixel, from row first_row) to those of a raster."""
+        pixel_from_index = np.array([[1 / per_column, 0, 0.5 / per_column], [0, 1 / per_row, (first_row + 0.5) / per_row],
+                                     [0, 0, 1]])
+        index_from_world = np.array([[1 / cell, 0, -self.ground.origin[0] / cell - 0.5],
+                                     [0, 1 / cell, -self.ground.origin[1] / cell - 0.5], [0, 0, 1]])
+        return index_from_world @ inverse @ pixel_from_index
+
+    def haze(self, distance):
+        """Share of haze in what is seen at a distance (m)."""
+        return 1 - np.exp(-distance / self.scene.weather.haze_length)
+
+    def headlights(self, camera, depth):
+        """What the ego's headlights (at night, ahead) do to the ground at a depth (m)."""
+        if self.scene.weather.kind != "Night" or not camera.startswith("CAM_FRONT"):
+            return np.ones_like(depth)
+        return 1 + (2.0 if camera == "CAM_FRONT" else 0.6) * np.exp(-np.maximum(depth - 6, 0) / 14)
+
+    def draw_faces(self, canvas, labels, K, cam_T_world, time):
+        """Boxes and billboards, farthest first."""
+        eye = -cam_T_world[:3, :3].T @ cam_T_world[:3, 3]
+        meshes = [self.scene.static, face_billboards(self.scene.crowns, eye)]
+        for mesh, path in self.scene.movers:
+            meshes.append(move_mesh(mesh, *(np.interp(time, path[:, 0], path[:, k]) for k in (1, 2, 3))))
+        mesh = join_meshes(meshes)
+        points = mesh.vertices @ cam_T_world[:3, :3].T + cam_T_world[:3, 3]                     # (F, 8, 3) cam
+        distance = np.linalg.norm(mesh.anchor - eye[:2], axis=1)
+        normal = np.cross(mesh.vertices[:, 1] - mesh.vertices[:, 0], mesh.vertices[:, 2] - mesh.vertices[:, 0])
+        outward = np.einsum("fi,fi->f", normal, eye - mesh.vertices[:, 0]) > 0
+        reach = np.maximum(points[..., 2].max(1), 0) * (IMAGE_W / K[0, 0]) + 1                  # generous view cone
+        in_view = (points[..., 2].max(1) > NEAR_PLANE) & (np.abs(points[..., 0]).min(1) < reach) & outward
+        # Small things far off are not worth drawing: windows from 60 m on.
+        in_view &= (distance < 60) | (mesh.order == 0) | (mesh.label != UNLABELLED)
+        chosen = np.flatnonzero(in_view)
+        chosen = chosen[np.lexsort((mesh.order[chosen], -distance[chosen]))]
+        colours = self.shade(mesh.colour[chosen], normal[chosen], distance[chosen])
+        pixels = points[chosen] @ K.T
+        straddles = points[chosen][..., 2].min(1) <= NEAR_PLANE
+        pixels = pixels[..., :2] / np.where(straddles[:, None], 1.0, pixels[..., 2])[..., None]
+        fixed = sample_cells(pixels)
+        for k, face in enumerate(chosen):
+            polygon = sample_cells(clip_near(points[face], K)) if straddles[k] else fixed[k]
+            cv2.fillConvexPoly(canvas, polygon, colours[k], shift=4)
+            if mesh.label[face] != UNLABELLED:
+                cv2.fillConvexPoly(labels, polygon, int(mesh.label[face]), shift=4)
+
+    def shade(self, albedo, normal, distance):
+        """Colours (F, 3) of faces as lists: sun and sky light, then haze."""
+        weather = self.scene.weather
+        normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+        light = weather.ambient + weather.diffuse * np.maximum(normal @ weather.sun, 0)
+        haze = self.haze(distance)[:, None]
+        return np.minimum(albedo * light[:, None] * (1 - haze) + weather.sky_low * haze, 255).tolist()
+
+    def expose(self, canvas, seed):
+        """Averages the samples of each pixel, then exposure, vignetting, rain on the lens, and noise."""
+        rng, weather = np.random.default_rng(seed), self.scene.weather
+        image = cv2.resize(canvas, (IMAGE_W, IMAGE_H), interpolation=cv2.INTER_AREA)
+        if weather.kind == "Rain":
+            soft = cv2.GaussianBlur(image, (0, 0), 5)
+            drops = np.zeros((IMAGE_H, IMAGE_W), np.uint8)
+            for x, y, size in zip(rng.integers(0, IMAGE_W, 6), rng.integers(0, IMAGE_H, 6), rng.integers(4, 14, 6)):
+                cv2.circle(drops, (int(x), int(y)), int(size), 1, -1)
+            cv2.copyTo(soft, drops, image)
+        x, y = np.meshgrid(np.linspace(-1, 1, IMAGE_W, dtype=np.float32), np.linspace(-1, 1, IMAGE_H, dtype=np.float32))
+        vignette = 1 - 0.12 * (x * x + y * y)
+        image = image * (vignette[..., None] * weather.gain.astype(np.float32))
+        image += weather.noise * rng.standard_normal(image.shape, np.float32)
+        return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+def face_billboards(crowns, eye):
+    """Octagons that stand upright and face the eye, as a Mesh. crowns: centres (B, 3), radii, colours, labels."""
+    centres, radii, colours, labels = crowns
+    view = centres[:, :2] - eye[:2]
+    right = np.stack([view[:, 1], -view[:, 0]], -1) / np.linalg.norm(view, axis=1, keepdims=True)
+    angle = np.arange(8) * np.pi / 4 + np.pi / 8
+    vertices = np.repeat(centres[:, None], 8, axis=1)
+    vertices[..., :2] += (radii[:, None] * np.cos(angle))[..., None] * right[:, None]
+    vertices[..., 2] += radii[:, None] * np.sin(angle)
+    return Mesh(vertices, colours, labels, centres[:, :2], np.full(len(radii), 3))
+
+
+def sample_cells(pixels):
+    """Pixels (..., 2) -> fixed-point indices into the 2 x 2 times finer canvas, 4 fractional bits."""
+    return np.round(np.clip(pixels * 2 - 0.5, -20000, 20000) * 16).astype(np.int32)
+
+
+def clip_near(points, K):
+    """Camera points (8, 3) of a face that reaches behind the near plane -> pixels (N, 2) of the part before it."""
+    kept = []
+    for a, b in zip(points, np.roll(points, -1, axis=0)):
+        if a[2] > NEAR_PLANE:
+            kept.append(a)
+        if (a[2] > NEAR_PLANE) != (b[2] > NEAR_PLANE):
+            kept.append(a + (b - a) * (NEAR_PLANE - a[2]) / (b[2] - a[2]))
+    pixels = np.array(kept) @ K.T
+    return pixels[:, :2] / pixels[:, 2:]
+
+
+def reduce_labels(labels):
+    """(2H, 2W) -> (H, W): the label of one sample, but a thin one wins from two samples of four on."""
+    samples = np.stack([labels[i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    reduced = samples[0].copy()
+    for label in THIN:
+        reduced[(samples == label).sum(0) >= 2] = label
+    return reduced
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nuScenes tables and map
+
+
+def token(*parts):
+    """A nuScenes-like token of 32 hexadecimal digits that depends on nothing but its arguments."""
+    return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
+
+
+def plan_scenes(seed, train_scenes, val_scenes, frames):
+    """The Plans of a world: names from nuScenes' official splits, each scene in a district of its own."""
+    from nuscenes.utils.splits import train, val     # here, since it imports the whole devkit
+    plans, used = [], {}
+    for split, (names, count) in enumerate(((train, train_scenes), (val, val_scenes))):
+        for k in range(count):
+            town = VAL_TOWN if split else TRAIN_TOWNS[k % len(TRAIN_TOWNS)]
+            place = used[town] = used.get(town, -1) + 1
+            origin = (300.0 + DISTRICT_SPACING * (place % 6), 300.0 + DISTRICT_SPACING * (place // 6))
+            weather = WEATHER_CYCLE[(k + split) % len(WEATHER_CYCLE)]
+            timestamp = 1_533_151_000_000_000 + len(plans) * 1_000_000_000
+            plans.append(Plan(sorted(names)[k * (len(names) // count)], town, weather, origin, frames, (seed, split, k),
+                              timestamp))
+    return plans
+
+
+def write_scene(plan, out):
+    """Renders all images of a scene to disk; returns its records: {table: [record]} and the map layers of its district."""
+    cv2.setNumThreads(1)
+    scene = make_scene(plan)
+    renderer = Renderer(scene)
+    prefix = ("n008" if plan.location.startswith("boston") else "n015") + f"-{plan.name}"
+    tables = {"log": [], "scene": [], "sample": [], "sample_data": [], "ego_pose": []}
+    log_token, scene_token = token(plan.name, "log"), token(plan.name)
+    samples = [token(plan.name, "sample", k) for k in range(plan.frames)] + [""]
+    tables["log"].append({"token": log_token, "logfile": prefix, "vehicle": prefix[:4], "date_captured": "2018-08-01",
+                          "location": plan.location})
+    tables["scene"].append({"token": scene_token, "log_token": log_token, "nbr_samples": plan.frames,
+                            "first_sample_token": samples[0], "last_sample_token": samples[plan.frames - 1],
+                            "name": plan.name, "description": scene.description})
+    for frame in range(plan.frames):
+        lidar_time = plan.timestamp + int(frame * FRAME_PERIOD * 1e6)
+        tables["sample"].append({"token": samples[frame], "timestamp": lidar_time, "prev": samples[frame - 1],
+                                 "next": samples[frame + 1], "scene_token": scene_token})
+        for channel in ("LIDAR_TOP", *CAMERAS):
+            time = camera_time(scene, frame, channel) if channel in CAMERAS else frame * FRAME_PERIOD
+            record, pose = describe_shot(scene, frame, channel, time, prefix)
+            tables["sample_data"].append(record)
+            tables["ego_pose"].append(pose)
+            if channel in CAMERAS:
+                image, _ = render_frame(renderer, frame, channel)
+                ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+                (Path(out) / record["filename"]).write_bytes(jpeg.tobytes())
+    return tables, map_layers(scene.district, plan.name)
+
+
+def render_frame(renderer, frame, camera):
+    """Image (288, 512, 3) uint8 RGB, as it is before JPEG, and true labels (288, 512) uint8 of a key frame's camera."""
+    seed = [*renderer.scene.plan.key, 2, frame, list(CAMERAS).index(camera)]
+    return renderer.render(camera, camera_time(renderer.scene, frame, camera), seed)
+
+
+def describe_shot(scene, frame, channel, time, prefix):
+    """The sample_data record and the ego_pose record of one sensor at one key frame."""
+    plan = scene.plan
+    microseconds = plan.timestamp + int(round(time * 1e6))
+    is_camera = channel in CAMERAS
+    extension = "jpg" if is_camera else "pcd.bin"
+    tokens = [token(plan.name, channel, k) for k in range(plan.frames)] + [""]
+    record = {"token": tokens[frame], "sample_token": token(plan.name, "sample", frame),
+              "ego_pose_token": token(plan.name, channel, frame, "pose"),
+              "calibrated_sensor_token": token(channel, "calibration"), "timestamp": microseconds, "fileformat": extension,
+              "is_key_frame": True, "height": IMAGE_H if is_camera else 0, "width": IMAGE_W if is_camera else 0,
+              "filename": f"samples/{channel}/{prefix}__{channel}__{microseconds}.{extension}",
+              "prev": tokens[frame - 1], "next": tokens[frame + 1]}
+    translation, rotation = ego_pose(scene, time)
+    translation[:2] += scene.map_offset
+    pose = {"token": record["ego_pose_token"], "timestamp": microseconds, "rotation": rotation.tolist(),
+            "translation": translation.tolist()}
+    return record, pose
+
+
+def shared_tables(plans):
+    """The tables that do not depend on what happens in a scene."""
+    sensors, calibrations = [], []
+    for channel in ("LIDAR_TOP", *CAMERAS):
+        sensors.append({"token": token(channel), "channel": channel, "modality": "camera" if channel in CAMERAS else "lidar"})
+        translation, rotation = CAMERAS[channel][2:4] if channel in CAMERAS else (LIDAR_TRANSLATION, LIDAR_ROTATION)
+        K = camera_calibration(channel)[0].tolist() if channel in CAMERAS else []
+        calibrations.append({"token": token(channel, "calibration"), "sensor_token": token(channel),
+                             "translation": list(translation), "rotation": list(rotation), "camera_intrinsic": K})
+    maps = [{"token": token(town, "map"), "category": "semantic_prior", "filename": f"maps/{token(town)}.png",
+             "log_tokens": [token(plan.name, "log") for plan in plans if plan.location == town]}
+            for town in sorted({plan.location for plan in plans})]
+    levels = [{"token": str(k + 1), "level": level, "description": level}
+              for k, level in enumerate(("v0-40", "v40-60", "v60-80", "v80-100"))]
+    return {"sensor": sensors, "calibrated_sensor": calibrations, "map": maps, "visibility": levels, "category": [],
+            "attribute": [], "instance": [], "sample_annotation": []}
+
+
+MAP_LAYERS = ("polygon", "line", "node", "drivable_area", "road_segment", "road_block", "lane", "ped_crossing", "walkway",
+              "stop_line", "carpark_area", "road_divider", "lane_divider", "traffic_light", "lane_connector")
+
+
+def map_layers(district, name):
+    """A district as records of the map expansion 1.3: {layer: [record]}."""
+    layers = {layer: [] for layer in MAP_LAYERS}
+
+    def add_nodes(points):
+        first = len(layers["node"])
+        layers["node"] += [{"token": token(name, "node", first + k), "x": float(x), "y": float(y)}
+                           for k, (x, y) in enumerate(points)]
+        return [node["token"] for node in layers["node"][first:]]
+
+    def add_polygon(polygon):
+        record = {"token": token(name, "polygon", len(layers["polygon"])),
+                  "exterior_node_tokens": add_nodes(polygon.exterior.coords[:-1]),
+                  "holes": [{"node_tokens": add_nodes(hole.coords[:-1])} for hole in polygon.interiors]}
+        layers["polygon"].append(record)
+        return record["token"]
+
+    def add_record(layer, **values):
+        layers[layer].append({"token": token(name, layer, len(layers[layer])), **values})
+
+    for polygon, is_intersection in district.segments:
+        add_record("road_segment", polygon_token=add_polygon(polygon), is_intersection=is_intersection,
+                   drivable_area_token=token(name, "drivable_area", 0))
+    for polygon in district.lanes:
+        add_record("lane", polygon_token=add_polygon(polygon), lane_type="CAR", from_edge_line_token="",
+                   to_edge_line_token="", left_lane_divider_segments=[], right_lane_divider_segments=[])
+    for polygon in district.map_crossings:
+        add_record("ped_crossing", polygon_token=add_polygon(polygon), road_segment_token="")
+    for polygon in district.walkways:
+        add_record("walkway", polygon_token=add_polygon(polygon))
+    for polygon in district.stop_lines:
+        add_record("stop_line", polygon_token=add_polygon(polygon), stop_line_type="STOP_SIGN", ped_crossing_tokens=[],
+                   traffic_light_tokens=[], road_block_token="")
+    add_record("drivable_area", polygon_tokens=[add_polygon(part) for part in getattr(district.surface, "geoms",
+                                                                                       [district.surface])])
+    for layer, lines in (("lane_divider", district.lane_dividers), ("road_divider", district.road_dividers)):
+        for line, kind in lines:
+            nodes, line_token = add_nodes(line), token(name, "line", len(layers["line"]))
+            layers["line"].append({"token": line_token, "node_tokens": nodes})
+            extra = {"road_segment_token": ""} if layer == "road_divider" else {}
+            add_record(layer, line_token=line_token, **extra,
+                       **{f"{layer}_segments": [{"node_token": node, "segment_type": kind} for node in nodes]})
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole world
+
+
+def in_parallel(function, jobs, processes, label):
+    """[function(*job) for job in jobs] on several processes, in order, with a progress bar."""
+    # "spawn": a forked copy of a process in which torch or OpenCV already runs threads may hang.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pending = [pool.apply_async(function, job) for job in jobs]
+        return [result.get() for result in tqdm(pending, desc=label, unit="scene")]
+
+
+def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes=2):
+    """Writes the world to the folder `out`. True if it is there now, False if another one is there already."""
+    out, arguments = Path(out), {"format": 1, "seed": seed, "train_scenes": train_scenes, "val_scenes": val_scenes,
+                                 "frames": frames}
+    if out.exists():
+        note = out / "toyworld.json"
+        found = json.loads(note.read_text()) if note.is_file() else None
+        same = found == arguments
+        print(f"{out}: already there, nothing to do" if same else
+              f"{out}: holds something else ({found}), not {arguments}; remove it, or choose another --out")
+        return same
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in ("v1.0-trainval", "maps/expansion", *(f"samples/{camera}" for camera in CAMERAS)):
+        (partial / folder).mkdir(parents=True)
+    plans = plan_scenes(seed, train_scenes, val_scenes, frames)
+    results = in_parallel(write_scene, [(plan, str(partial)) for plan in plans], processes, "toy world")
+    tables = shared_tables(plans)
+    for scene_tables, _ in results:
+        for name, records in scene_tables.items():
+            tables.setdefault(name, []).extend(records)
+    for name, records in tables.items():
+        (partial / "v1.0-trainval" / f"{name}.json").write_text(json.dumps(records, indent=0))
+    for record in tables["map"]:
+        cv2.imwrite(str(partial / record["filename"]), np.zeros((100, 100), np.uint8))
+    for town in (*TRAIN_TOWNS, VAL_TOWN):
+        layers = [layers for plan, (_, layers) in zip(plans, results) if plan.location == town]
+        merged = {layer: [record for part in layers for record in part[layer]] for layer in MAP_LAYERS}
+        merged.update(version="1.3", arcline_path_3={}, connectivity={}, canvas_edge=[2500.0, 2500.0])
+        (partial / "maps" / "expansion" / f"{town}.json").write_text(json.dumps(merged))
+    (partial / "toyworld.json").write_text(json.dumps(arguments))
+    partial.rename(out)
+    print(f"{out}: {len(plans)} scenes, {len(plans) * frames} key frames, {len(plans) * frames * len(CAMERAS)} images")
+    return True
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes the embedded world, or trains its segmenter.")
+    parser.add_argument("--out", default="data/toy", help="folder to write the data set to")
+    parser.add_argument("--seed", type=int, default=0, help="everything follows from it")
+    parser.add_argument("--train-scenes", type=int, default=24, help="scenes of the official train split")
+    parser.add_argument("--val-scenes", type=int, default=6, help="scenes of the official val split, in a town of their own")
+    parser.add_argument("--frames", type=int, default=12, help="key frames a scene, half a second apart")
+    parser.add_argument("--processes", type=int, default=2, help="scenes rendered at a time")
+    args = parser.parse_args()
+    sys.exit(not build_world(args.out, args.seed, args.train_scenes, args.val_scenes, args.frames, args.processes))

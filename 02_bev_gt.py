@@ -1,0 +1,192 @@
+"""Stage 02: rasterise nuScenes' vector map into BEV ground truth, for fine-tuning (04) and scoring (05) only.
+
+Reads:  the tables and the map expansion (maps/expansion/<location>.json, version 1.3) of a nuScenes data set.
+Writes: out/bev_gt/<scene>.pt  {meta, scene, token [T], bev (T, H, W) uint8: class index of each cell}
+        out/splits.json        {"train": [scenes], "val": [scenes]}, the official split of the scenes that are there
+
+    python 02_bev_gt.py                                                                # the embedded toy world
+    python 02_bev_gt.py --dataroot /data/nuscenes --version v1.0-trainval --preset paper --out out
+
+A cell belongs to a class if and only if its centre does:
+    divider       the centre lies within line_width / 2 of a lane_divider or road_divider line
+    boundary      the centre lies within line_width / 2 of the contour of the road: the union of road_segment and lane
+    ped_crossing  the centre lies inside a ped_crossing polygon (not in its holes)
+Lines are measured by distance, so that their ends and corners are round and nothing is rounded to whole pixels.
+Where classes overlap, boundary wins over divider wins over ped_crossing: a line drawn on a crossing must survive the
+wide polygon, and of two lines the one that a wheel must not cross counts more (HDMapNet draws in this order, too).
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import shapely
+import torch
+from nuscenes.nuscenes import NuScenes
+from nuscenes.utils import splits
+from tqdm import tqdm
+
+from model import PRESETS
+from reproject import (CLASSES, is_finished, key_frames, make_meta, open_tables, read_json, save_json, save_pt,
+                       world_from_ego)
+
+EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
+PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
+SEAM = 0.02  # m; lanes that should abut may be drawn apart by up to twice this and still count as one road
+
+
+def read_map(path):
+    """Read a map expansion JSON: {class name: STRtree}, of line pieces or of polygons, in metres in the world frame.
+
+    The devkit's NuScenesMap is left out: it knows four locations by name, and its line masks fail on Shapely 2.
+    """
+    table = read_json(path, f"get {EXPANSION}")
+    if not isinstance(table, dict) or tuple(str(table.get("version", "1.0")).split(".")) < ("1", "3"):
+        sys.exit(f"error: {path} is older than version 1.3 of the map expansion: get {EXPANSION}")
+    try:
+        node = {record["token"]: (record["x"], record["y"]) for record in table["node"]}
+        line = {record["token"]: [node[token] for token in record["node_tokens"]] for record in table["line"]}
+        polygon = {record["token"]: shapely.Polygon(
+            [node[token] for token in record["exterior_node_tokens"]],
+            [[node[token] for token in hole["node_tokens"]] for hole in record["holes"]])
+            for record in table["polygon"]}
+        # Some road dividers of the real maps have no line: an empty token or fewer than two nodes.
+        divider = [line.get(record["line_token"], []) for layer in ("lane_divider", "road_divider")
+                   for record in table[layer]]
+        crossing = [shapely.make_valid(polygon[record["polygon_token"]]) for record in table["ped_crossing"]]
+        road = [polygon[record["polygon_token"]] for layer in ("road_segment", "lane") for record in table[layer]]
+    except (KeyError, TypeError, ValueError) as error:
+        sys.exit(f"error: {path} is damaged ({type(error).__name__}: {error}): get {EXPANSION}")
+    return {"ped_crossing": shapely.STRtree(crossing), "divider": shapely.STRtree(pieces(divider)),
+            "boundary": shapely.STRtree(pieces(contour(road)))}
+
+
+def contour(road):
+    """Outlines of the union of polygons, outside and holes, as lists of points (x, y).
+
+    The union is that of the whole map: cutting out a frame's window first would draw the window's edge as a boundary.
+    """
+    grown = shapely.union_all(shapely.buffer(shapely.make_valid(road), SEAM, join_style="mitre"))
+    union = shapely.buffer(grown, -SEAM, join_style="mitre")
+    return [shapely.get_coordinates(ring) for ring in shapely.get_rings(shapely.get_parts(union))]
+
+
+def pieces(lines):
+    """Cut polylines, lists of points (x, y), into straight shapely lines of at most PIECE metres."""
+    segments = [np.stack((points[:-1], points[1:]), 1) for points in map(np.asarray, lines) if len(points) > 1]
+    ends = np.concatenate(segments) if segments else np.zeros((0, 2, 2))  # (segments, 2 ends, 2)
+    length = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=-1)
+    count = np.maximum(1, np.ceil(length / PIECE)).astype(int)
+    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each segment
+    start, step = np.repeat(ends[:, 0], count, 0), np.repeat((ends[:, 1] - ends[:, 0]) / count[:, None], count, 0)
+    return shapely.linestrings(np.stack((start + step * number[:, None], start + step * (number + 1)[:, None]), 1))
+
+
+def draw_lines(ends, shape, reach):
+    """Cells bool whose centre is no farther than `reach` from a line piece; ends (S, 2, 2) as (row, column), in cells.
+
+    Each piece is compared with one square of n x n cells around it, all pieces at once.
+    """
+    first = np.floor(ends.min(1) - reach).astype(int)  # (S, 2): the squares' upper left cells
+    n = int(np.max(np.ceil(ends.max(1) + reach) - first, initial=0))
+    a, b = ends[:, 0].T[..., None, None], ends[:, 1].T[..., None, None]  # each (2, S, 1, 1)
+    cell = np.stack(np.broadcast_arrays(first[:, :1, None] + np.arange(n)[:, None], first[:, 1:, None] + np.arange(n)))
+    to_centre, along = cell + 0.5 - a, b - a  # (2, S, n, n), (2, S, 1, 1)
+    share = (to_centre * along).sum(0) / np.maximum((along ** 2).sum(0), 1e-12)  # of the way from a to b
+    offset = to_centre - share.clip(0, 1) * along  # from the nearest point of the piece
+    row, column = cell[:, (offset ** 2).sum(0) <= reach ** 2]
+    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    mask = np.zeros(shape, bool)
+    mask[row[inside], column[inside]] = True
+    return mask
+
+
+def fill_polygons(polygons, shape):
+    """Cells bool whose centre lies inside one of the shapely polygons, whose points are (row, column), in cells."""
+    mask = np.zeros(shape, bool)
+    for polygon in polygons:
+        top, left = np.floor(polygon.bounds[:2]).astype(int).clip(0)
+        bottom, right = np.ceil(polygon.bounds[2:]).astype(int).clip(0, shape)
+        rows, columns = np.ogrid[top:bottom, left:right]
+        mask[top:bottom, left:right] |= shapely.contains_xy(polygon, *np.broadcast_arrays(rows + 0.5, columns + 0.5))
+    return mask
+
+
+def rasterise(road_map, world_T_ego, grid, line_width):
+    """The map around the car: (H, W) uint8 class index a cell. world_T_ego (4, 4) float64, levelled."""
+    (behind, ahead), (right, left) = grid.x_range, grid.y_range
+    margin, R, t = line_width / 2, world_T_ego[:2, :2].numpy(), world_T_ego[:2, 3].numpy()
+    corners = [(x, y) for x, y in ((ahead, left), (ahead, right), (behind, right), (behind, left))]
+    window = shapely.Polygon(corners @ R.T + t).buffer(margin)
+
+    def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
+        return ((ahead, left) - (xy_world - t) @ R) / grid.cell  # the inverse of R is its transpose: p @ R
+
+    bev = np.zeros(grid.shape, np.uint8)
+    for name in ("ped_crossing", "divider", "boundary"):  # later ones lie on top
+        near = road_map[name].geometries[road_map[name].query(window)]
+        if name == "ped_crossing":
+            mask = fill_polygons(shapely.transform(near, to_cells), grid.shape)
+        else:
+            ends = to_cells(shapely.get_coordinates(near)).reshape(-1, 2, 2)
+            mask = draw_lines(ends, grid.shape, margin / grid.cell)
+        bev[mask] = CLASSES.index(name)
+    return bev
+
+
+def official_splits(scenes, version):
+    """{"train": [...], "val": [...]}: which of the scene names belong to the official split of this version."""
+    prefix = "mini_" if version.endswith("mini") else ""
+    return {name: sorted(set(scenes) & set(getattr(splits, prefix + name))) for name in ("train", "val")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Stage 02: rasterise the map into BEV ground truth.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
+    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
+    parser.add_argument("--out", default="out", help="folder of everything the stages write")
+    args = parser.parse_args()
+
+    config, out = PRESETS[args.preset], Path(args.out)
+    nusc = open_tables(NuScenes, args.dataroot, args.version)
+    split = official_splits([scene["name"] for scene in nusc.scene], args.version)
+    if not split["train"] + split["val"]:
+        sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
+
+    # What there is to do: every scene, but those whose file is there already.
+    todo, metas = {}, {}  # location -> scenes, location -> meta
+    for scene in nusc.scene:
+        location = nusc.get("log", scene["log_token"])["location"]
+        if location not in metas:
+            path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
+            if not path.is_file():
+                sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+            metas[location] = make_meta(config, {"version": args.version, "map": digest})
+        tokens = [sample["token"] for sample in key_frames(nusc, scene)]
+        if not is_finished(out / "bev_gt" / f"{scene['name']}.pt", metas[location], tokens,
+                           f"delete {out / 'bev_gt'} or use another --out"):
+            todo.setdefault(location, []).append(scene)
+
+    # Location by location, as joining up its roads takes seconds; the rest is milliseconds a frame.
+    progress = tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo)
+    for location, scenes in todo.items():
+        road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
+        for scene in scenes:
+            samples = key_frames(nusc, scene)
+            bev = [rasterise(road_map, world_from_ego(nusc, sample), config.grid, config.line_width)
+                   for sample in samples]
+            save_pt({"meta": metas[location], "scene": scene["name"], "token": [sample["token"] for sample in samples],
+                     "bev": torch.from_numpy(np.stack(bev))}, out / "bev_gt" / f"{scene['name']}.pt")
+            progress.update()
+    progress.close()
+
+    if todo or not (out / "splits.json").exists() or read_json(out / "splits.json", "delete it") != split:
+        save_json(split, out / "splits.json")
+        print(f"wrote {out / 'bev_gt'} and {out / 'splits.json'}: "
+              f"{len(split['train'])} scenes to train on, {len(split['val'])} to validate on")
+    else:
+        print(f"{out / 'bev_gt'} and {out / 'splits.json'} are finished: nothing to do")

@@ -1,0 +1,187 @@
+"""Stage 5: score a checkpoint against the BEV ground truth, and draw what it sees.
+
+Scenes are run frame by frame in their order, the BEV features of one frame being the history of the next.
+`--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV by inverse
+perspective mapping.
+
+Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
+Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
+       over them, ground truth and prediction as maps (the car in the middle, ahead is up)
+
+    python 05_eval.py
+    python 05_eval.py --checkpoint ipm
+    python 05_eval.py --checkpoint out/pretrain.pt --split val
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from model import NUM_CLASSES, PRESETS, count_overlap, iou, load_checkpoint, step
+from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render
+
+RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
+CONDITIONS = ("day", "night", "rain")
+# Okabe and Ito's palette, distinguishable by colour-blind readers
+COLOURS = {"divider": (240, 228, 66), "ped_crossing": (86, 180, 233), "boundary": (213, 94, 0)}
+IGNORED, GROUND, INK, PAPER = (110, 110, 110), (45, 45, 45), (20, 20, 20), (255, 255, 255)
+VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.")
+    parser.add_argument("--out", default="out", help="folder of the artifacts")
+    parser.add_argument("--checkpoint", default="out/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
+    parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
+    parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args()
+
+
+def one_hot(label):
+    """Class indices (..., h, w) -> scores (..., classes, h, w); IGNORE is zero in all of them."""
+    return torch.stack([label == c for c in range(NUM_CLASSES)], -3).float()
+
+
+def inverse_perspective(frame, grid):
+    """The pseudo-labels of one key frame lifted into BEV as scores (1, classes, H, W); unseen cells are background."""
+    label = frame["label"]  # (1, N, h, w)
+    scores, seen = lift(one_hot(label), frame["K"], frame["ego_T_cam"], grid, weight=(label != IGNORE).float())
+    scores[:, 0] += ~seen
+    return scores
+
+
+def predict(frames, model, config, device):
+    """Yield (index, frame, BEV logits (1, classes, H, W)) for every key frame of the data set, in order."""
+    bev = pose = None
+    for index in range(len(frames)):
+        item = torch.utils.data.default_collate([frames[index]])
+        frame = {k: v.to(device) for k, v in item.items()}
+        frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
+        if model is None:
+            yield index, frame, inverse_perspective(frame, config.grid)
+            continue
+        logits, bev = step(model, frame, bev, pose)
+        pose = frame["world_T_ego"]
+        yield index, frame, logits
+
+
+def conditions_of(description):
+    """nuScenes states night and rain in the scene's description; what states neither is day."""
+    found = [word for word in CONDITIONS[1:] if word in description.lower()]
+    return found or ["day"]
+
+
+def evaluate(frames, model, config, device, pictures, folder):
+    """Score every key frame and draw some. Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}."""
+    distance = config.grid.centres(torch.empty(0, device=device)).norm(dim=-1)  # (H, W) m
+    rings = {f"{near}-{far}": (distance >= near) & (distance < far) for near, far in RANGES}
+    overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in ("all", *rings, *CONDITIONS)}
+    drawn = {round((k + 0.5) * len(frames) / pictures - 0.5): k for k in range(pictures)}
+    progress = tqdm(predict(frames, model, config, device), total=len(frames), desc="eval", unit="frame")
+    for index, frame, logits in progress:
+        prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
+        counts = count_overlap(prediction, truth).cpu()
+        for key in ("all", *conditions_of(frames.scenes[frames.samples[index][0]]["description"])):
+            overlap[key] += counts
+        for key, ring in rings.items():
+            overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
+        if index in drawn:
+            contact_sheet(frame, logits, config.grid).save(folder / f"sample_{drawn[index]}.png")
+    return overlap
+
+
+def paint(classes, background):
+    """Class indices (h, w) -> RGB (h, w, 3) uint8."""
+    table = torch.zeros(256, 3, dtype=torch.uint8)
+    for i, name in enumerate(CLASSES):
+        table[i] = torch.tensor(COLOURS.get(name, background), dtype=torch.uint8)
+    table[IGNORE] = torch.tensor(IGNORED, dtype=torch.uint8)
+    return table[classes.long().cpu()]
+
+
+def overlay(image, classes):
+    """Lay class colours over an image (3, h, w) uint8; background stays as it is, ignored pixels turn grey."""
+    image = image.permute(1, 2, 0).cpu().float()
+    strength = torch.where(classes == IGNORE, 0.5, torch.where(classes == 0, 0.0, 0.75)).cpu().unsqueeze(-1)
+    return ((1 - strength) * image + strength * paint(classes, GROUND).float()).byte()
+
+
+def camera_block(images, classes):
+    """Six overlaid cameras as two rows of three: (2h, 3w, 3) uint8. images (N, 3, h, w), classes (N, h, w)."""
+    tiles = [overlay(images[n], classes[n]) for n in (CAMERAS.index(view) for view in VIEWS)]
+    return torch.cat((torch.cat(tiles[:3], 1), torch.cat(tiles[3:], 1)), 0)
+
+
+def contact_sheet(frame, logits, grid):
+    """One key frame on one page. frame: a batch of one; logits (1, classes, H, W)."""
+    label = frame["label"]
+    rendered, valid = render(logits, frame["K"], frame["ego_T_cam"], label.shape[-2:], grid)
+    predicted = torch.where(valid, rendered.argmax(2), 0)
+    blocks = [camera_block(frame["image"][0], label[0]), camera_block(frame["image"][0], predicted[0])]
+    height = 2 * blocks[0].shape[0]
+    maps = [paint(classes[0], GROUND) for classes in (frame["bev"], logits.argmax(1))]
+    maps = [Image.fromarray(m.numpy()).resize((height * m.shape[1] // m.shape[0], height), Image.NEAREST) for m in maps]
+    width, bar, gap = blocks[0].shape[1], 24, 8
+    page = Image.new("RGB", (width + sum(m.width + gap for m in maps), height + 3 * bar), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for k, (block, title) in enumerate(zip(blocks, ("cameras with pseudo-labels", "cameras with the prediction, rendered"))):
+        draw.text((4, 3 + k * (height // 2 + bar)), title, INK, font)
+        page.paste(Image.fromarray(block.numpy()), (0, bar + k * (height // 2 + bar)))
+    left = width + gap
+    for m, title in zip(maps, ("ground truth", "prediction")):
+        draw.text((left, 3), title, INK, font)
+        page.paste(m, (left, bar))
+        centre = (left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0]),
+                  bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0]))
+        draw.polygon([(centre[0], centre[1] - 10), (centre[0] - 6, centre[1] + 8), (centre[0] + 6, centre[1] + 8)], PAPER)
+        left += m.width + gap
+    x = 4
+    for name, colour in {**COLOURS, "ignored": IGNORED, "car, pointing ahead": PAPER}.items():
+        draw.rectangle((x, height + 2 * bar + 6, x + 12, height + 2 * bar + 18), colour, INK)
+        draw.text((x + 18, height + 2 * bar + 3), name, INK, font)
+        x += 40 + 9 * len(name)
+    return page
+
+
+def print_table(title, overlap):
+    """The IoU table, a line for the whole split, each range and each condition present."""
+    print(f"{title}\n{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
+    for key, counts in overlap.items():
+        if counts.sum():
+            score = iou(counts)
+            cells = [*score["iou"].values(), score["miou"]]
+            print(f"{key + (' m' if '-' in key else ''):>10} "
+                  + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in cells))
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    if args.checkpoint == "ipm":
+        model, config = None, PRESETS[args.preset]
+    else:
+        _, model = load_checkpoint(args.checkpoint, "run 03_pretrain.py or 04_finetune.py")
+        config = model.config
+        model.to(args.device).eval()
+    scenes = read_splits(args.out)[args.split]
+    if not scenes:
+        sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
+    frames = Frames(args.out, scenes, config, bev_gt=True)
+    folder = Path(args.out) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        overlap = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)), folder)
+    scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
+    metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
+               "by_range": {key: scores[key] for key in scores if "-" in key},
+               "by_condition": {key: scores[key] for key in scores if key in CONDITIONS}}
+    (folder / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
+    os.replace(folder / "metrics.json.tmp", folder / "metrics.json")
+    print(f"{folder}/metrics.json and {min(args.pictures, len(frames))} pictures written")
+    print_table(f"{args.checkpoint} on {args.split}: {len(frames)} key frames of {len(scenes)} scenes", overlap)
