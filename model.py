@@ -361,8 +361,8 @@ def iou(overlap):
 
     A class that neither prediction nor target contains has no IoU (None) and does not enter the mean.
     """
-    values = {name: (overlap[0, i] / overlap[1, i]).item() if overlap[1, i] else None
-              for i, name in enumerate(CLASSES) if i > 0}
+    intersection, union = overlap.tolist()
+    values = {name: intersection[i] / union[i] if union[i] else None for i, name in enumerate(CLASSES) if i > 0}
     known = [v for v in values.values() if v is not None]
     return {"iou": values, "miou": sum(known) / len(known) if known else None}
 

@@ -16,6 +16,7 @@ and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inver
 BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
 """
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -23,9 +24,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image
 
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
@@ -289,6 +291,18 @@ def load_pt(path, remedy):
         sys.exit(f"error: {path} is damaged or no .pt file of this project: delete it, then {remedy}")
 
 
+def encode(image, kind):
+    """A PIL image as a uint8 tensor of the bytes of a "JPEG" or "PNG" file."""
+    file = io.BytesIO()
+    image.save(file, kind, quality=95)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def decode(data):
+    """The way back: bytes -> (h, w, 3) or, for a grey picture, (h, w), uint8."""
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data.numpy().tobytes()))))
+
+
 def read_splits(out):
     """{"train": [scene names], "val": [scene names]} as 02_bev_gt.py wrote them."""
     return read_json(Path(out) / "splits.json", "run 02_bev_gt.py")
@@ -360,18 +374,18 @@ class Frames(torch.utils.data.Dataset):
         times, previous = times.clamp(min=0), (times - 1).clamp(min=0)
         gap = frames["timestamp"][times] - frames["timestamp"][previous]
         linked = (times > 0) & (gap <= MAX_GAP * 1e6)  # time stamps are microseconds
-        item = {"image": torch.stack([self.decode(scene, t, "image", ImageReadMode.RGB) for t in times.tolist()]),
-                "label": self.decode(scene, now, "label", ImageReadMode.GRAY)[:, 0],
+        item = {"image": torch.stack([self.decode(scene, t, "image").permute(0, 3, 1, 2) for t in times.tolist()]),
+                "label": self.decode(scene, now, "label"),
                 "linked": linked, "index": index}
         item |= {key: frames[key][times] for key in ("K", "ego_T_cam", "world_T_ego")}
         if "bev" in frames:
             item["bev"] = frames["bev"][now]
         return item
 
-    def decode(self, scene, t, key, mode):
-        """The six images (N, 3, h, w) or label maps (N, 1, h, w) of one frame, uint8."""
+    def decode(self, scene, t, key):
+        """The six images (N, h, w, 3) or label maps (N, h, w) of one frame, uint8."""
         try:
-            return torch.stack([decode_image(data, mode) for data in self.scenes[scene][key][t]])
-        except RuntimeError:
+            return torch.stack([decode(data) for data in self.scenes[scene][key][t]])
+        except (OSError, SyntaxError, RuntimeError):  # PIL reports a broken PNG as SyntaxError
             name = self.scenes[scene]["scene"]
             sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete it, then run 01_pseudolabel.py")

@@ -1,0 +1,250 @@
+"""Stage 01: a Mask2Former, trained on other street images, labels every camera image. No map and no BEV label is read.
+
+Reads:  the tables and the camera images of a nuScenes data set; a Mask2Former with Mapillary Vistas' label names.
+Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], timestamp (T,) microseconds,
+            image T x 6 JPEG, label T x 6 PNG (class index, 255: ignore), K (T, 6, 3, 3), ego_T_cam (T, 6, 4, 4),
+            world_T_ego (T, 4, 4)}, all for images of the preset's size; frames as at the top of reproject.py
+
+    python 01_pseudolabel.py                                                           # the embedded toy world
+    python 01_pseudolabel.py --dataroot /data/nuscenes --preset paper --segmenter-size 768 1344 \\
+        --segmenter facebook/mask2former-swin-large-mapillary-vistas-semantic
+
+Stop it when you like: scenes that are written are skipped the next time.
+"""
+import argparse
+import hashlib
+import os
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.request import getproxies
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nuscenes.nuscenes import NuScenes
+from PIL import Image
+from torchvision.io import encode_jpeg, encode_png
+from tqdm import tqdm
+
+from model import PRESETS
+from reproject import (CAMERAS, CLASSES, IGNORE, inverse, is_finished, key_frames, make_meta, open_tables, pose_matrix,
+                       save_pt, world_from_ego)
+
+# What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
+# the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
+GROUPS = {
+    "divider": ("Lane Marking - General",),
+    "ped_crossing": ("Lane Marking - Crosswalk", "Crosswalk - Plain"),
+    "kerb": ("Curb",),
+    "carriageway": ("Road", "Bike Lane", "Service Lane", "Parking", "Rail Track", "Manhole", "Catch Basin", "Pothole"),
+    "verge": ("Sidewalk", "Pedestrian Area", "Curb Cut", "Terrain", "Sand", "Snow"),
+    "not ground": (
+        "Bird", "Ground Animal", "Fence", "Guard Rail", "Barrier", "Wall", "Bridge", "Building", "Tunnel", "Person",
+        "Bicyclist", "Motorcyclist", "Other Rider", "Mountain", "Sky", "Vegetation", "Water", "Banner", "Bench",
+        "Bike Rack", "Billboard", "CCTV Camera", "Fire Hydrant", "Junction Box", "Mailbox", "Phone Booth",
+        "Street Light", "Pole", "Traffic Sign Frame", "Utility Pole", "Traffic Light", "Traffic Sign (Back)",
+        "Traffic Sign (Front)", "Trash Can", "Bicycle", "Boat", "Bus", "Car", "Caravan", "Motorcycle", "On Rails",
+        "Other Vehicle", "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle", "Unlabeled"),
+}
+NEEDED = ("Road", "Sidewalk", "Curb", "Lane Marking - General", "Lane Marking - Crosswalk")
+LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the network: they win it from a third of its area
+
+
+# ---------------------------------------------------------------- the segmenter
+
+def segmenter_config(name):
+    """The checkpoint's configuration and its revision: the hub's commit, or a hash of a folder's weights."""
+    folder = Path(name)
+    if not folder.is_dir() and not getproxies():
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=5).close()
+        except OSError:  # the hub's client would retry for half a minute; offline it looks in its cache at once
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers  # here, as it takes seconds, which --help need not wait for
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        what = ("is a folder without the config.json of a model" if folder.is_dir() else
+                "is neither a folder nor to be had from the Hugging Face hub (no such model, or no network)")
+        sys.exit(f"error: --segmenter {name} {what}: give a folder or a hub id of a Mask2Former with Mapillary labels")
+    if config.model_type != "mask2former":
+        sys.exit(f"error: --segmenter {name} is a {config.model_type}, not a Mask2Former: give another one")
+    if not folder.is_dir():
+        return config, config._commit_hash
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if not weights:
+        sys.exit(f"error: --segmenter {name} holds no weights (*.safetensors): copy them there")
+    digest = hashlib.sha256()
+    for path in weights:
+        digest.update(path.read_bytes())
+    return config, digest.hexdigest()[:12]
+
+
+def load_segmenter(name, device):
+    """The Mask2Former, and the mean and standard deviation (3, 1, 1) of the images it was trained on."""
+    from safetensors import SafetensorError
+    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+    try:
+        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
+        processor = Mask2FormerImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        sys.exit(f"error: --segmenter {name} cannot be loaded ({str(error).splitlines()[0]}): get it again")
+    if report["missing_keys"]:
+        sys.exit(f"error: --segmenter {name} lacks weights ({sorted(report['missing_keys'])[0]}, ...): get it again")
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    return model.eval().to(device), mean, std
+
+
+def group_labels(names):
+    """(L, G) 0/1: to which of the GROUPS each of the checkpoint's L label names belongs."""
+    known = {name: group for group, members in enumerate(GROUPS.values()) for name in members}
+    unknown, missing = set(names) - set(known), set(NEEDED) - set(names)
+    if unknown:
+        sys.exit(f"error: the segmenter has labels that GROUPS does not place: {sorted(unknown)}; "
+                 f"it knows {sorted(known)}: add them to the table in 01_pseudolabel.py")
+    if missing:
+        sys.exit(f"error: the segmenter lacks the labels {sorted(missing)}; it has {sorted(names)}: "
+                 "give one that was trained on Mapillary Vistas")
+    return F.one_hot(torch.tensor([known[name] for name in names]), len(GROUPS)).float()
+
+
+def labels_from_queries(class_logits, mask_logits, membership, segmenter_size, image_size, min_confidence):
+    """One image's Mask2Former output -> pseudo-label (H, W) uint8 at image_size: class index, or 255 for ignore.
+
+    class_logits (Q, L + 1), the last one is "no object"; mask_logits (Q, h, w); membership (L, G) from group_labels.
+    """
+    # What each query says of each group, spread over the query's mask; in groups from the start, as 6 are less than 65.
+    says = class_logits.float().softmax(-1)[:, :-1] @ membership  # (Q, G)
+    masks = F.interpolate(mask_logits[None].float(), segmenter_size, mode="bilinear", align_corners=False)[0].sigmoid()
+    scores = torch.einsum("qg,qhw->ghw", says, masks)
+    probability = scores / scores.sum(0).clamp(min=1e-6)  # (G, h, w), sums to 1
+    contact = contact_line(probability.argmax(0))
+
+    # Down to the network's size by area: nearest neighbour would skip a line that is thinner than its step.
+    divider, crossing, kerb, carriageway, verge, other = F.adaptive_avg_pool2d(probability, image_size)
+    share = torch.stack((carriageway + verge, divider, crossing, kerb, other))  # the CLASSES, and what is no ground
+    gain = torch.tensor((1, LINE_GAIN, 1, LINE_GAIN, 1), device=share.device).view(-1, 1, 1)
+    label = (share * gain).argmax(0)
+    confidence = share.gather(0, label[None])[0]
+    contact = F.adaptive_max_pool2d(contact[None].float(), image_size)[0] > 0
+    label[contact & (label == CLASSES.index("background"))] = CLASSES.index("boundary")
+    label[(label == len(CLASSES)) | (confidence < min_confidence)] = IGNORE
+    return label.to(torch.uint8)
+
+
+def contact_line(group):
+    """Pixels (h, w) bool of the carriageway, or of paint on it, that touch the verge, and the other way round."""
+    _, _, kerb, carriageway, verge, _ = range(len(GROUPS))
+    on, off = (group < kerb) | (group == carriageway), group == verge
+    touch = torch.zeros_like(on)
+    for here, there in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):  # above and below, left and right
+        edge = (on[here] & off[there]) | (off[here] & on[there])
+        touch[here] |= edge
+        touch[there] |= edge
+    return touch
+
+
+# ---------------------------------------------------------------- the data set
+
+def read_scene(nusc, scene, image_size):
+    """Everything about a scene that the tables know, as it goes into its file, and the image paths, T x 6."""
+    frames = {"scene": scene["name"], "location": nusc.get("log", scene["log_token"])["location"],
+              "description": scene["description"], "token": [], "timestamp": [],
+              "K": [], "ego_T_cam": [], "world_T_ego": []}
+    paths = []
+    for sample in key_frames(nusc, scene):
+        world_T_ego = world_from_ego(nusc, sample)
+        for camera in CAMERAS:
+            data = nusc.get("sample_data", sample["data"][camera])
+            sensor = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
+            world_T_ego_cam = pose_matrix(nusc.get("ego_pose", data["ego_pose_token"]))  # at the camera's own time
+            frames["ego_T_cam"].append(inverse(world_T_ego) @ world_T_ego_cam @ pose_matrix(sensor))
+            # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
+            scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
+            frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
+            paths.append(Path(nusc.dataroot) / data["filename"])
+        frames["token"].append(sample["token"])
+        frames["timestamp"].append(sample["timestamp"])
+        frames["world_T_ego"].append(world_T_ego)
+    frames["timestamp"] = torch.tensor(frames["timestamp"])
+    frames["world_T_ego"] = torch.stack(frames["world_T_ego"])
+    for key in ("K", "ego_T_cam"):
+        frames[key] = torch.stack(frames[key]).float().unflatten(0, (-1, len(CAMERAS)))
+    return frames, paths
+
+
+def load_image(path, image_size, segmenter_size):
+    """Read a camera image; return it as JPEG bytes at the network's size and as (3, h, w) uint8 for the segmenter."""
+    try:
+        with Image.open(path) as file:
+            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)[None]
+    except FileNotFoundError:
+        sys.exit(f"error: image {path} is missing: unpack the data set's images again")
+    except (OSError, SyntaxError, ValueError) as error:
+        sys.exit(f"error: image {path} is damaged ({error}): unpack the data set's images again")
+    small, wanted = (F.interpolate(image, size, mode="bilinear", antialias=True)[0].contiguous()
+                     for size in (image_size, segmenter_size))
+    return encode_jpeg(small, quality=95), wanted
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Stage 01: a Mask2Former labels every camera image.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
+    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
+    parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
+    parser.add_argument("--segmenter-size", type=int, nargs=2, default=(288, 512), metavar=("H", "W"),
+                        help="size of the images that it is shown")
+    parser.add_argument("--min-confidence", type=float, default=0.4,
+                        help="pixels whose class is less probable than this are ignored")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
+    parser.add_argument("--out", default="out", help="folder of everything the stages write")
+    parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read and shrink images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    args = parser.parse_args()
+
+    config, folder = PRESETS[args.preset], Path(args.out) / "frames"
+    nusc = open_tables(NuScenes, args.dataroot, args.version)
+    segmenter_cfg, revision = segmenter_config(args.segmenter)
+    names = [segmenter_cfg.id2label[i] for i in range(segmenter_cfg.num_labels)]
+    membership = group_labels(names).to(args.device)
+    model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
+    meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
+                              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence})
+
+    # What there is to do: every scene, but those whose file is there already.
+    todo = [scene for scene in nusc.scene
+            if not is_finished(folder / f"{scene['name']}.pt", meta, [s["token"] for s in key_frames(nusc, scene)],
+                               f"delete {folder} or use another --out")]
+    if not todo:
+        print(f"{folder} is finished ({len(nusc.scene)} scenes): nothing to do")
+        sys.exit()
+
+    segmenter, mean, std = load_segmenter(args.segmenter, args.device)
+    progress = tqdm(total=sum(scene["nbr_samples"] for scene in todo) * len(CAMERAS), unit="image")
+    with ThreadPoolExecutor(args.workers) as pool, torch.inference_mode():
+        for scene in todo:
+            frames, paths = read_scene(nusc, scene, config.image_size)
+            loaded = pool.map(lambda path: load_image(path, config.image_size, args.segmenter_size), paths)
+            images, labels = [], []
+            for start in range(0, len(paths), args.batch_size):
+                batch = [next(loaded) for _ in paths[start:start + args.batch_size]]
+                shown = torch.stack([image for _, image in batch]).to(args.device)
+                with torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda")):
+                    answer = segmenter((shown / 255 - mean) / std)
+                for class_logits, mask_logits in zip(answer.class_queries_logits, answer.masks_queries_logits):
+                    label = labels_from_queries(class_logits, mask_logits, membership, args.segmenter_size,
+                                                config.image_size, args.min_confidence)
+                    labels.append(encode_png(label[None].cpu()))
+                images += [jpeg for jpeg, _ in batch]
+                progress.update(len(batch))
+            frames["image"], frames["label"] = ([flat[i:i + len(CAMERAS)] for i in range(0, len(flat), len(CAMERAS))]
+                                                for flat in (images, labels))
+            save_pt({"meta": meta, **frames}, folder / f"{scene['name']}.pt")
+    progress.close()
+    print(f"wrote {folder}: {len(todo)} scenes")
