@@ -90,18 +90,21 @@ def deformable_attention(values, locations, weights, source):
     queries of all cameras and all samples of the batch, however many each has: nothing is padded, nothing is looped.
     """
     R, M, L, P, _ = locations.shape
-    output = 0
+    output = locations.new_zeros(M, values[0].shape[2], R)
     for level, value in enumerate(values):
         S, _, D, h, w = value.shape
         tall = F.pad(value.to(locations.dtype), (0, 0, 0, 1))
         tall = tall.permute(1, 2, 0, 3, 4).reshape(M, D, S * (h + 1), w)  # (M, D, S*(h+1), w)
-        x, y = locations[:, :, level].permute(1, 0, 2, 3).unbind(-1)  # (M, R, P) each
+        x, y = locations[:, :, level].permute(1, 2, 0, 3).unbind(-1)  # (M, P, R) each
         # Positions as fractional indices of pixel centres; the clamp parks far samples on the zeros around their map.
         x = (x * w - 0.5).clamp(-1, w)
-        y = (y * h - 0.5).clamp(-1, h) + (source * (h + 1))[None, :, None]
-        where = torch.stack(((2 * x + 1) / w - 1, (2 * y + 1) / (S * (h + 1)) - 1), -1)  # (M, R, P, 2)
-        samples = F.grid_sample(tall, where, align_corners=False)  # (M, D, R, P)
-        output = output + (samples * weights[:, :, level].transpose(0, 1).unsqueeze(1)).sum(-1)  # (M, D, R)
+        y = (y * h - 0.5).clamp(-1, h) + source * (h + 1)
+        where = torch.stack(((2 * x + 1) / w - 1, (2 * y + 1) / (S * (h + 1)) - 1), -1)  # (M, P, R, 2)
+        weight = weights[:, :, level].permute(1, 2, 0).contiguous()  # (M, P, R)
+        # Point by point: half the time of all at once, as (M, D, P, R) samples do not fit the cache.
+        for where_p, weight_p in zip(where.unbind(1), weight.unbind(1)):
+            samples = F.grid_sample(tall, where_p.unsqueeze(1), align_corners=False).squeeze(2)  # (M, D, R)
+            output = torch.addcmul(output, samples, weight_p.unsqueeze(1))
     return output.permute(2, 0, 1).reshape(R, M * D)  # (R, M*D)
 
 

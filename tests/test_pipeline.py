@@ -1,0 +1,115 @@
+"""All five stages end to end, each as its own process, on a world of two scenes; and their bad input, one line each."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from reproject import CAMERAS, save_pt
+
+
+def run(script, *args, cwd, ok=True):
+    """Run a script of the repository in `cwd`; returns its output. With ok=False it must fail in one clear line."""
+    result = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                            timeout=300)
+    if ok:
+        assert result.returncode == 0, result.stderr
+        return result.stdout + result.stderr
+    assert result.returncode not in (0, None) and "Traceback" not in result.stderr, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert "error: " in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The five stages run once with their default places, few steps. Returns the working folder."""
+    cwd = tmp_path_factory.mktemp("world with a space")
+    run("tests/toyworld.py", "--train-scenes", 1, "--val-scenes", 1, "--frames", 3, cwd=cwd)
+    run("01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", cwd=cwd)
+    run("02_bev_gt.py", cwd=cwd)
+    (cwd / "out/bev_gt").rename(cwd / "out/hidden")  # stage 3 must not need it
+    run("03_pretrain.py", "--steps", 3, cwd=cwd)
+    (cwd / "out/hidden").rename(cwd / "out/bev_gt")
+    run("04_finetune.py", "--steps", 3, cwd=cwd)
+    run("05_eval.py", "--pictures", 2, cwd=cwd)
+    return cwd
+
+
+def test_stages_leave_what_they_promise(world):
+    out = world / "out"
+    splits = json.loads((out / "splits.json").read_text())
+    assert len(splits["train"]) == len(splits["val"]) == 1
+    for scene in splits["train"] + splits["val"]:
+        frames = torch.load(out / f"frames/{scene}.pt", weights_only=True)
+        truth = torch.load(out / f"bev_gt/{scene}.pt", weights_only=True)
+        assert frames["token"] == truth["token"] and len(frames["token"]) == 3
+        assert len(frames["image"]) == 3 and len(frames["image"][0]) == len(CAMERAS)
+        assert frames["K"].shape == (3, 6, 3, 3) and frames["ego_T_cam"].shape == (3, 6, 4, 4)
+        assert frames["world_T_ego"].shape == (3, 4, 4) and frames["world_T_ego"].dtype == torch.float64
+        assert truth["bev"].shape == (3, 200, 100) and truth["bev"].dtype == torch.uint8
+        assert set(truth["bev"].unique().tolist()) <= {0, 1, 2, 3} and (truth["bev"] > 0).any()
+    checkpoint = torch.load(out / "finetune.pt", weights_only=True)
+    assert {"model", "config", "args", "optimizer", "step", "rng"} <= checkpoint.keys()
+    assert checkpoint["step"] == 3 and checkpoint["args"]["scenes"] == splits["train"]
+    metrics = json.loads((out / "eval/metrics.json").read_text())
+    assert metrics["checkpoint"] == "out/finetune.pt" and metrics["split"] == "val" and metrics["num_samples"] == 3
+    assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
+    assert set(metrics["by_range"]) == {"0-10", "10-20", "20-30"} and metrics["by_condition"]
+    assert sorted(p.name for p in (out / "eval").iterdir()) == ["metrics.json", "sample_0.png", "sample_1.png"]
+    assert not [p for p in out.rglob("*") if ".tmp" in p.name]
+
+
+def test_ipm_needs_no_checkpoint(world):
+    assert run("05_eval.py", "--checkpoint", "ipm", "--split", "train", cwd=world).strip()
+    metrics = json.loads((world / "out/eval/metrics.json").read_text())
+    assert metrics["checkpoint"] == "ipm" and 0.05 < metrics["miou"] < 0.9
+
+
+def test_finished_stages_do_nothing(world):
+    stamps = {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
+    for script, args in (("01_pseudolabel.py", ["--segmenter", ROOT / "tests/toy_segmenter"]), ("02_bev_gt.py", []),
+                         ("03_pretrain.py", ["--steps", 3]), ("04_finetune.py", ["--steps", 3])):
+        assert "nothing to do" in run(script, *args, cwd=world)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
+
+
+@pytest.mark.parametrize("script, args, says", [
+    ("03_pretrain.py", ["--preset", "huge"], "invalid choice: 'huge'"),
+    ("03_pretrain.py", ["--steps", 3, "--name", "b", "--preset", "tiny"], "image_size [144, 256], expected [450, 800]"),
+    ("03_pretrain.py", ["--out", "nowhere"], "splits.json is missing: run 02_bev_gt.py"),
+    ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
+    ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
+    ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
+    ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
+])
+def test_bad_input_is_one_line(world, script, args, says):
+    assert says in run(script, *args, cwd=world, ok=False)
+
+
+def test_checkpoint_of_another_architecture(world):
+    checkpoint = torch.load(world / "out/pretrain.pt", weights_only=True)
+    checkpoint["config"]["channels"] = 32
+    save_pt(checkpoint, world / "out/other.pt")
+    assert "another architecture: channels 32 (expected 64)" in run("04_finetune.py", "--init", "out/other.pt", "--name", "b",
+                                                                    cwd=world, ok=False)
+    checkpoint["config"]["channels"], checkpoint["args"]["steps"] = 64, 9
+    save_pt(checkpoint, world / "out/other.pt")
+    assert "stopped at step 3 of 9" in run("04_finetune.py", "--init", "out/other.pt", "--name", "b", cwd=world, ok=False)
+
+
+def test_a_missing_scene_is_named(world):
+    scene = json.loads((world / "out/splits.json").read_text())["val"][0]
+    path = world / f"out/bev_gt/{scene}.pt"
+    shutil.move(path, world / "kept.pt")
+    assert f"{scene}.pt is missing: run 02_bev_gt.py" in run("05_eval.py", cwd=world, ok=False)
+    shutil.move(world / "kept.pt", path)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("0*.py")))
+def test_help_explains_every_flag(script, tmp_path):
+    text = run(script, "--help", cwd=tmp_path)
+    assert "--out" in text and text.count("  --") <= 20
