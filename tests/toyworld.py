@@ -425,14 +425,15 @@ def make_district(rng, origin, side):
         add_junction(district)
     for road in district.roads:
         half_way = (road.start + road.length) // 2
-        for start, stop in ((road.start, half_way), (half_way, road.length)):
+        for start, stop in ((road.start, half_way + 1), (half_way, road.length)):    # overlap: no hairline gap
             district.segments.append((Polygon(road.strip(*road.kerbs, start, stop)), False))
         for outwards, count in ((True, road.lanes_out), (False, road.lanes_in)):
             for lane in range(count):
                 edges = sorted((road.side if outwards else -road.side) * road.lane_width * k for k in (lane, lane + 1))
                 district.lanes.append(Polygon(road.strip(*edges, road.start, road.length)))
         (furnish_junction_road if is_junction else furnish_through_road)(rng, district, road)
-    district.surface = unary_union([polygon for polygon, _ in district.segments] + district.lanes)
+    # The roads of a district enclose nothing: what holes their union has are 1e-13 m wide, by rounding.
+    district.surface = Polygon(unary_union([polygon for polygon, _ in district.segments] + district.lanes).exterior)
     beside = district.surface.buffer(district.sidewalk_width).difference(district.surface)
     beside = beside.intersection(Point(origin).buffer(ROAD_LENGTH - 2))
     district.walkways = [piece for piece in getattr(beside, "geoms", [beside]) if piece.area > 5]
@@ -1218,8 +1219,7 @@ def map_layers(district, name):
     for polygon in district.stop_lines:
         add_record("stop_line", polygon_token=add_polygon(polygon), stop_line_type="STOP_SIGN", ped_crossing_tokens=[],
                    traffic_light_tokens=[], road_block_token="")
-    add_record("drivable_area", polygon_tokens=[add_polygon(part) for part in getattr(district.surface, "geoms",
-                                                                                       [district.surface])])
+    add_record("drivable_area", polygon_tokens=[add_polygon(district.surface)])
     for layer, lines in (("lane_divider", district.lane_dividers), ("road_divider", district.road_dividers)):
         for line, kind in lines:
             nodes, line_token = add_nodes(line), token(name, "line", len(layers["line"]))
@@ -1278,6 +1278,124 @@ def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes
     return True
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The segmenter. torch and transformers are imported inside: the processes that render have no use for them.
+
+SEGMENTER_FOLDER = Path(__file__).parent / "toy_segmenter"
+LOSS_WEIGHTS = {MARKING: 3.0, CURB: 3.0, CROSSWALK: 1.5}    # thin and rare labels; all others weigh 1
+
+
+def render_district(plan):
+    """All key frames of a plan, by all cameras: images (6 * frames, 288, 512, 3) and labels (6 * frames, 288, 512) uint8."""
+    cv2.setNumThreads(1)
+    renderer = Renderer(make_scene(plan))
+    shots = [render_frame(renderer, frame, camera) for frame in range(plan.frames) for camera in CAMERAS]
+    return np.stack([image for image, _ in shots]), np.stack([labels for _, labels in shots])
+
+
+def segmenter_images(seed, first, count, frames=2, processes=2):
+    """Images and labels, as render_district gives them, of districts first .. first + count - 1 of SEGMENTER_TOWN."""
+    plans = [Plan(f"segmenter-{k}", SEGMENTER_TOWN, WEATHER_CYCLE[k % len(WEATHER_CYCLE)], (300.0, 300.0), frames,
+                  (seed, 2, k), 0) for k in range(first, first + count)]
+    parts = in_parallel(render_district, [(plan,) for plan in plans], processes, "segmenter town")
+    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def make_segmenter():
+    """An untrained Mask2Former of about 0.3 M parameters, with a query for each label."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+    backbone = ResNetConfig(layer_type="basic", embedding_size=32, hidden_sizes=[32, 48, 64, 96], depths=[1, 1, 1, 1],
+                            out_features=["stage1", "stage2", "stage3", "stage4"])
+    names = dict(enumerate(LABELS))
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=64,
+        encoder_layers=1, decoder_layers=3, num_attention_heads=4, dim_feedforward=64, num_queries=len(LABELS),
+        id2label=names, label2id={name: k for k, name in names.items()}))
+
+
+def make_image_processor():
+    """What the checkpoint's preprocessor_config.json says: 288 x 512, ImageNet's mean and deviation."""
+    from transformers import Mask2FormerImageProcessor
+    return Mask2FormerImageProcessor(size={"height": IMAGE_H, "width": IMAGE_W}, ignore_index=255, num_labels=len(LABELS))
+
+
+def segmenter_input(processor, images):
+    """(B, 288, 512, 3) uint8 array -> pixel_values (B, 3, 288, 512), as the processor makes them."""
+    return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def predict_labels(model, processor, images, batch=16):
+    """(N, 288, 512, 3) uint8 -> label ids (N, 288, 512) uint8: the usual sum over queries of class times mask."""
+    import torch
+    found = []
+    for start in range(0, len(images), batch):
+        with torch.inference_mode():
+            outputs = model(pixel_values=segmenter_input(processor, images[start:start + batch]))
+        masks = torch.nn.functional.interpolate(outputs.masks_queries_logits, (IMAGE_H, IMAGE_W), mode="bilinear",
+                                                align_corners=False).sigmoid()
+        classes = outputs.class_queries_logits.softmax(-1)[..., :-1]
+        found.append(torch.einsum("bqc,bqhw->bchw", classes, masks).argmax(1).to(torch.uint8))
+    return torch.cat(found).numpy()
+
+
+def label_iou(predicted, truth):
+    """Intersection over union by label, over all pixels: {label name: float}; nan where a label is in neither."""
+    table = np.bincount(truth.ravel().astype(int) * len(LABELS) + predicted.ravel(), minlength=len(LABELS) ** 2)
+    table = table.reshape(len(LABELS), len(LABELS)).astype(float)
+    union = table.sum(0) + table.sum(1) - table.diagonal()
+    return {name: table[k, k] / union[k] if union[k] else float("nan") for k, name in enumerate(LABELS)}
+
+
+def segmenter_loss(outputs, labels, weights):
+    """Query i stands for label i, so no matching is needed: the class head learns that, and the masks learn the labels.
+
+    outputs: of the model, B images, Q queries. labels (B, 288, 512) int64. weights (Q,).
+    """
+    import torch
+    from torch.nn import functional as F
+    masks = F.interpolate(outputs.masks_queries_logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    classes = outputs.class_queries_logits                              # (B, Q, Q + 1)
+    own = torch.arange(classes.shape[1]).expand(classes.shape[:2])
+    mask_of_label = masks.gather(1, labels[:, None])
+    # Which label a pixel has (masks compete), and whether each mask is there at all (as sigmoid(mask) is read later).
+    compete = F.cross_entropy(masks, labels, weights)
+    present = F.softplus(masks).mean() - mask_of_label.mean() / masks.shape[1]      # binary cross-entropy
+    return compete + present + 0.2 * F.cross_entropy(classes.flatten(0, 1), own.flatten())
+
+
+def train_segmenter(folder=SEGMENTER_FOLDER, seed=0, steps=1000, batch=4):
+    """Renders the segmenter's town, trains on it, prints the IoU on held-out districts, writes the checkpoint."""
+    import torch
+    torch.manual_seed(seed)
+    images, labels = segmenter_images(seed, 0, 48)
+    model, processor = make_segmenter(), make_image_processor()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(images)} images")
+    weights = torch.tensor([LOSS_WEIGHTS.get(k, 1.0) for k in range(len(LABELS))])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    model.train()
+    for step in (bar := tqdm(range(steps), desc="segmenter", unit="step")):
+        chosen = torch.randint(len(images), (batch,))
+        pixels = segmenter_input(processor, images[chosen])
+        target = torch.from_numpy(labels[chosen]).long()
+        if torch.rand(()) < 0.5:
+            pixels, target = pixels.flip(-1), target.flip(-1)
+        loss = segmenter_loss(model(pixel_values=pixels), target, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    images, labels = segmenter_images(seed, 1000, 12, frames=1)
+    for name, iou in label_iou(predict_labels(model, processor, images), labels).items():
+        print(f"  {name:28s} IoU {iou:.3f}")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes the embedded world, or trains its segmenter.")
     parser.add_argument("--out", default="data/toy", help="folder to write the data set to")
@@ -1286,5 +1404,10 @@ if __name__ == "__main__":
     parser.add_argument("--val-scenes", type=int, default=6, help="scenes of the official val split, in a town of their own")
     parser.add_argument("--frames", type=int, default=12, help="key frames a scene, half a second apart")
     parser.add_argument("--processes", type=int, default=2, help="scenes rendered at a time")
+    parser.add_argument("--train-segmenter", action="store_true",
+                        help=f"train and write {SEGMENTER_FOLDER.name} beside this file instead; takes --seed")
     args = parser.parse_args()
+    if args.train_segmenter:
+        train_segmenter(seed=args.seed)
+        sys.exit()
     sys.exit(not build_world(args.out, args.seed, args.train_scenes, args.val_scenes, args.frames, args.processes))
