@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.request import getproxies
 
@@ -25,12 +26,11 @@ import torch
 import torch.nn.functional as F
 from nuscenes.nuscenes import NuScenes
 from PIL import Image
-from torchvision.io import encode_jpeg, encode_png
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, IGNORE, inverse, is_finished, key_frames, make_meta, open_tables, pose_matrix,
-                       save_pt, world_from_ego)
+from reproject import (CAMERAS, CLASSES, IGNORE, encode, inverse, is_finished, key_frames, look_up, make_meta,
+                       open_tables, pose_matrix, recorded, save_pt, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -85,18 +85,28 @@ def segmenter_config(name):
 
 
 def load_segmenter(name, device):
-    """The Mask2Former, and the mean and standard deviation (3, 1, 1) of the images it was trained on."""
+    """The Mask2Former, as a function: images (B, 3, h, w) uint8 -> class logits (B, Q, L + 1), mask logits (B, Q, ...).
+
+    The last class is "no object"; the masks come at a quarter of the images' size.
+    """
     from safetensors import SafetensorError
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
     try:
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
-        processor = Mask2FormerImageProcessor.from_pretrained(name)
+        processor = Mask2FormerImageProcessor.from_pretrained(name)  # for the colours that it was trained on
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         sys.exit(f"error: --segmenter {name} cannot be loaded ({str(error).splitlines()[0]}): get it again")
     if report["missing_keys"]:
         sys.exit(f"error: --segmenter {name} lacks weights ({sorted(report['missing_keys'])[0]}, ...): get it again")
+    model = model.eval().to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    return model.eval().to(device), mean, std
+
+    def segment(images):
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+            answer = model((images.to(device) / 255 - mean) / std)
+        return answer.class_queries_logits, answer.masks_queries_logits
+
+    return segment
 
 
 def group_labels(names):
@@ -119,7 +129,7 @@ def labels_from_queries(class_logits, mask_logits, membership, segmenter_size, i
     """
     # What each query says of each group, spread over the query's mask; in groups from the start, as 6 are less than 65.
     says = class_logits.float().softmax(-1)[:, :-1] @ membership  # (Q, G)
-    masks = F.interpolate(mask_logits[None].float(), segmenter_size, mode="bilinear", align_corners=False)[0].sigmoid()
+    masks = F.interpolate(mask_logits[None].float(), segmenter_size, mode="bilinear", align_corners=False)[0].sigmoid_()
     scores = torch.einsum("qg,qhw->ghw", says, masks)
     probability = scores / scores.sum(0).clamp(min=1e-6)  # (G, h, w), sums to 1
     contact = contact_line(probability.argmax(0))
@@ -152,17 +162,16 @@ def contact_line(group):
 
 def read_scene(nusc, scene, image_size):
     """Everything about a scene that the tables know, as it goes into its file, and the image paths, T x 6."""
-    frames = {"scene": scene["name"], "location": nusc.get("log", scene["log_token"])["location"],
+    frames = {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
               "description": scene["description"], "token": [], "timestamp": [],
               "K": [], "ego_T_cam": [], "world_T_ego": []}
     paths = []
     for sample in key_frames(nusc, scene):
         world_T_ego = world_from_ego(nusc, sample)
         for camera in CAMERAS:
-            data = nusc.get("sample_data", sample["data"][camera])
-            sensor = nusc.get("calibrated_sensor", data["calibrated_sensor_token"])
-            world_T_ego_cam = pose_matrix(nusc.get("ego_pose", data["ego_pose_token"]))  # at the camera's own time
-            frames["ego_T_cam"].append(inverse(world_T_ego) @ world_T_ego_cam @ pose_matrix(sensor))
+            data, world_T_ego_then = recorded(nusc, sample, camera)  # the car has moved on since the LIDAR_TOP time
+            sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
+            frames["ego_T_cam"].append(inverse(world_T_ego) @ world_T_ego_then @ pose_matrix(sensor))
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
@@ -181,14 +190,24 @@ def load_image(path, image_size, segmenter_size):
     """Read a camera image; return it as JPEG bytes at the network's size and as (3, h, w) uint8 for the segmenter."""
     try:
         with Image.open(path) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)[None]
+            image = file.convert("RGB")
     except FileNotFoundError:
         sys.exit(f"error: image {path} is missing: unpack the data set's images again")
     except (OSError, SyntaxError, ValueError) as error:
         sys.exit(f"error: image {path} is damaged ({error}): unpack the data set's images again")
-    small, wanted = (F.interpolate(image, size, mode="bilinear", antialias=True)[0].contiguous()
-                     for size in (image_size, segmenter_size))
-    return encode_jpeg(small, quality=95), wanted
+    # Pillow's resize is antialiased, and its threads do not fight for the cores as PyTorch's would.
+    small, shown = (image.resize((w, h), Image.Resampling.BILINEAR) for h, w in (image_size, segmenter_size))
+    return encode(small, "JPEG"), torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+
+
+def label_images(paths, segment, membership, segmenter_size, image_size, min_confidence):
+    """Image paths -> [(JPEG bytes at image_size, PNG bytes of the pseudo-label)]."""
+    small, shown = zip(*(load_image(path, image_size, segmenter_size) for path in paths))
+    labelled = []
+    for jpeg, class_logits, mask_logits in zip(small, *segment(torch.stack(shown))):
+        label = labels_from_queries(class_logits, mask_logits, membership, segmenter_size, image_size, min_confidence)
+        labelled.append((jpeg, encode(Image.fromarray(label.cpu().numpy()), "PNG")))
+    return labelled
 
 
 if __name__ == "__main__":
@@ -199,19 +218,23 @@ if __name__ == "__main__":
     parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
     parser.add_argument("--segmenter-size", type=int, nargs=2, default=(288, 512), metavar=("H", "W"),
                         help="size of the images that it is shown")
-    parser.add_argument("--min-confidence", type=float, default=0.4,
+    parser.add_argument("--min-confidence", type=float, default=0.35,
                         help="pixels whose class is less probable than this are ignored")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
     parser.add_argument("--out", default="out", help="folder of everything the stages write")
     parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read and shrink images")
+    parser.add_argument("--workers", type=int, default=4, help="threads, each with a batch in hand")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args()
+    if min(args.batch_size, args.workers, *args.segmenter_size) < 1:
+        parser.error("--batch-size, --workers and --segmenter-size are at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; use --device cpu")
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
-    segmenter_cfg, revision = segmenter_config(args.segmenter)
-    names = [segmenter_cfg.id2label[i] for i in range(segmenter_cfg.num_labels)]
+    settings, revision = segmenter_config(args.segmenter)
+    names = [settings.id2label[i] for i in range(settings.num_labels)]
     membership = group_labels(names).to(args.device)
     model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
     meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
@@ -225,26 +248,21 @@ if __name__ == "__main__":
         print(f"{folder} is finished ({len(nusc.scene)} scenes): nothing to do")
         sys.exit()
 
-    segmenter, mean, std = load_segmenter(args.segmenter, args.device)
-    progress = tqdm(total=sum(scene["nbr_samples"] for scene in todo) * len(CAMERAS), unit="image")
-    with ThreadPoolExecutor(args.workers) as pool, torch.inference_mode():
+    # Each worker takes a batch all the way. PyTorch's own threads would only fight with the workers for the cores.
+    torch.set_num_threads(1)
+    label = partial(label_images, segment=load_segmenter(args.segmenter, args.device), membership=membership,
+                    segmenter_size=args.segmenter_size, image_size=config.image_size,
+                    min_confidence=args.min_confidence)
+    total = sum(scene["nbr_samples"] for scene in todo) * len(CAMERAS)
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image") as progress:
         for scene in todo:
             frames, paths = read_scene(nusc, scene, config.image_size)
-            loaded = pool.map(lambda path: load_image(path, config.image_size, args.segmenter_size), paths)
-            images, labels = [], []
-            for start in range(0, len(paths), args.batch_size):
-                batch = [next(loaded) for _ in paths[start:start + args.batch_size]]
-                shown = torch.stack([image for _, image in batch]).to(args.device)
-                with torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda")):
-                    answer = segmenter((shown / 255 - mean) / std)
-                for class_logits, mask_logits in zip(answer.class_queries_logits, answer.masks_queries_logits):
-                    label = labels_from_queries(class_logits, mask_logits, membership, args.segmenter_size,
-                                                config.image_size, args.min_confidence)
-                    labels.append(encode_png(label[None].cpu()))
-                images += [jpeg for jpeg, _ in batch]
+            labelled = []
+            for batch in pool.map(label, [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]):
+                labelled += batch
                 progress.update(len(batch))
-            frames["image"], frames["label"] = ([flat[i:i + len(CAMERAS)] for i in range(0, len(flat), len(CAMERAS))]
-                                                for flat in (images, labels))
+            images, labels = zip(*labelled)
+            for key, flat in (("image", images), ("label", labels)):  # (T * 6) -> T x 6
+                frames[key] = [list(flat[i:i + len(CAMERAS)]) for i in range(0, len(flat), len(CAMERAS))]
             save_pt({"meta": meta, **frames}, folder / f"{scene['name']}.pt")
-    progress.close()
     print(f"wrote {folder}: {len(todo)} scenes")

@@ -12,8 +12,8 @@ A cell belongs to a class if and only if its centre does:
     boundary      the centre lies within line_width / 2 of the contour of the road: the union of road_segment and lane
     ped_crossing  the centre lies inside a ped_crossing polygon (not in its holes)
 Lines are measured by distance, so that their ends and corners are round and nothing is rounded to whole pixels.
-Where classes overlap, boundary wins over divider wins over ped_crossing: a line drawn on a crossing must survive the
-wide polygon, and of two lines the one that a wheel must not cross counts more (HDMapNet draws in this order, too).
+Where classes overlap, boundary wins over divider wins over ped_crossing: a line must survive the wide polygon that it
+crosses, and of two lines the one that a wheel must not cross counts more.
 """
 import argparse
 import hashlib
@@ -28,8 +28,8 @@ from nuscenes.utils import splits
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CLASSES, is_finished, key_frames, make_meta, open_tables, read_json, save_json, save_pt,
-                       world_from_ego)
+from reproject import (CLASSES, is_finished, key_frames, look_up, make_meta, open_tables, read_json, save_json,
+                       save_pt, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
@@ -47,19 +47,21 @@ def read_map(path):
     try:
         node = {record["token"]: (record["x"], record["y"]) for record in table["node"]}
         line = {record["token"]: [node[token] for token in record["node_tokens"]] for record in table["line"]}
-        polygon = {record["token"]: shapely.Polygon(
-            [node[token] for token in record["exterior_node_tokens"]],
-            [[node[token] for token in hole["node_tokens"]] for hole in record["holes"]])
-            for record in table["polygon"]}
+        rings = {record["token"]: [record["exterior_node_tokens"], *(hole["node_tokens"] for hole in record["holes"])]
+                 for record in table["polygon"]}
+        polygon = {}
+        for layer in ("ped_crossing", "road_segment", "lane"):
+            points = [[[node[token] for token in ring] for ring in rings[record["polygon_token"]]]
+                      for record in table[layer]]
+            polygon[layer] = [shapely.Polygon(outside, holes) for outside, *holes in points]
         # Some road dividers of the real maps have no line: an empty token or fewer than two nodes.
         divider = [line.get(record["line_token"], []) for layer in ("lane_divider", "road_divider")
                    for record in table[layer]]
-        crossing = [shapely.make_valid(polygon[record["polygon_token"]]) for record in table["ped_crossing"]]
-        road = [polygon[record["polygon_token"]] for layer in ("road_segment", "lane") for record in table[layer]]
     except (KeyError, TypeError, ValueError) as error:
         sys.exit(f"error: {path} is damaged ({type(error).__name__}: {error}): get {EXPANSION}")
-    return {"ped_crossing": shapely.STRtree(crossing), "divider": shapely.STRtree(pieces(divider)),
-            "boundary": shapely.STRtree(pieces(contour(road)))}
+    return {"ped_crossing": shapely.STRtree(shapely.make_valid(polygon["ped_crossing"])),
+            "divider": shapely.STRtree(pieces(divider)),
+            "boundary": shapely.STRtree(pieces(contour(polygon["road_segment"] + polygon["lane"])))}
 
 
 def contour(road):
@@ -159,7 +161,7 @@ if __name__ == "__main__":
     # What there is to do: every scene, but those whose file is there already.
     todo, metas = {}, {}  # location -> scenes, location -> meta
     for scene in nusc.scene:
-        location = nusc.get("log", scene["log_token"])["location"]
+        location = look_up(nusc, "log", scene["log_token"])["location"]
         if location not in metas:
             path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
             if not path.is_file():
@@ -172,17 +174,17 @@ if __name__ == "__main__":
             todo.setdefault(location, []).append(scene)
 
     # Location by location, as joining up its roads takes seconds; the rest is milliseconds a frame.
-    progress = tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo)
-    for location, scenes in todo.items():
-        road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
-        for scene in scenes:
-            samples = key_frames(nusc, scene)
-            bev = [rasterise(road_map, world_from_ego(nusc, sample), config.grid, config.line_width)
-                   for sample in samples]
-            save_pt({"meta": metas[location], "scene": scene["name"], "token": [sample["token"] for sample in samples],
-                     "bev": torch.from_numpy(np.stack(bev))}, out / "bev_gt" / f"{scene['name']}.pt")
-            progress.update()
-    progress.close()
+    with tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo) as progress:
+        for location, scenes in todo.items():
+            road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
+            for scene in scenes:
+                samples = key_frames(nusc, scene)
+                bev = [rasterise(road_map, world_from_ego(nusc, sample), config.grid, config.line_width)
+                       for sample in samples]
+                save_pt({"meta": metas[location], "scene": scene["name"],
+                         "token": [sample["token"] for sample in samples],
+                         "bev": torch.from_numpy(np.stack(bev))}, out / "bev_gt" / f"{scene['name']}.pt")
+                progress.update()
 
     if todo or not (out / "splits.json").exists() or read_json(out / "splits.json", "delete it") != split:
         save_json(split, out / "splits.json")

@@ -25,7 +25,7 @@ def parse_args():
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 5.0, 2.0, 5.0), metavar="W",

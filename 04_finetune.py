@@ -28,10 +28,10 @@ def parse_args():
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 2.0, 2.0, 2.0), metavar="W",
+    parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 4.0, 2.0, 4.0), metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -49,7 +49,7 @@ class Config:
     stages: tuple[int, ...] = (2, 3)
     weights: str | None = None
     # BEVFormer
-    bev_shape: tuple[int, int] = (100, 50)  # queries along x, along y, on the same ground as the fine grid
+    bev_shape: tuple[int, int] = (50, 25)  # queries along x, along y, on the same ground as the fine grid
     channels: int = 64
     layers: int = 2
     heads: int = 4
@@ -108,16 +108,20 @@ def deformable_attention(values, locations, weights, source):
     return output.permute(2, 0, 1).reshape(R, M * D)  # (R, M*D)
 
 
-def init_offsets(linear, heads, levels, points):
-    """Deformable DETR's start: each head looks in a direction of its own, its p-th point p steps away."""
+def init_offsets(linear, heads, levels, points, group=1):
+    """Start as Deformable DETR does: each head looks in a direction of its own, ever farther, but from 0 steps on.
+
+    Every `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on
+    each query sees exactly the pixels that it projects to.
+    """
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = torch.stack((angle.cos(), angle.sin()), -1)
     direction = direction / direction.abs().max(-1, keepdim=True).values  # (heads, 2), on the unit square
-    steps = torch.arange(1, points + 1).view(1, 1, points, 1)
+    steps = torch.arange(points) // group
+    offsets = (direction[:, None, None] * steps[:, None]).expand(heads, levels, points, 2)
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
-        linear.bias.copy_((direction.view(heads, 1, 1, 2) * steps).repeat(1, linear.out_features // (
-            heads * points * 2), 1, 1).flatten())
+        linear.bias.copy_(offsets.flatten())
 
 
 class TemporalSelfAttention(nn.Module):
@@ -162,7 +166,7 @@ class SpatialCrossAttention(nn.Module):
         self.weights = nn.Linear(C, self.M * self.L * self.P)
         self.value = nn.Linear(C, C)
         self.output = nn.Linear(C, C)
-        init_offsets(self.offsets, self.M, self.L, self.P)
+        init_offsets(self.offsets, self.M, self.L, self.P, len(config.heights))
         nn.init.zeros_(self.weights.weight), nn.init.zeros_(self.weights.bias)
 
     def forward(self, query, features, hits):
@@ -271,10 +275,11 @@ class BEVSegmenter(nn.Module):
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
         self.fpn = FeaturePyramidNetwork(widths, C)
         H, W = config.bev_shape
-        self.query = nn.Parameter(torch.randn(H * W, C))
-        self.row, self.column = nn.Parameter(torch.rand(H, C // 2)), nn.Parameter(torch.rand(W, C // 2))
-        self.camera = nn.Parameter(torch.randn(len(CAMERAS), C))
-        self.level = nn.Parameter(torch.randn(len(config.stages), C))
+        # Small at the start, unlike BEVFormer's N(0, 1), so that what the cameras see is not drowned by what they are.
+        self.query = nn.Parameter(0.1 * torch.randn(H * W, C))
+        self.row, self.column = (nn.Parameter(0.1 * torch.randn(n, C // 2)) for n in (H, W))
+        self.camera = nn.Parameter(0.1 * torch.randn(len(CAMERAS), C))
+        self.level = nn.Parameter(0.1 * torch.randn(len(config.stages), C))
         self.encoder = Encoder(config)
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), nn.BatchNorm2d(C // 2), nn.ReLU(),

@@ -228,19 +228,32 @@ def open_tables(NuScenes, dataroot, version):
                  "unpack the data set's metadata again")
 
 
+def look_up(nusc, table, token):
+    """A record of the tables."""
+    try:
+        return nusc.get(table, token)
+    except KeyError:
+        sys.exit(f"error: {nusc.table_root}/{table}.json has no record {token}: unpack the data set's metadata again")
+
+
 def key_frames(nusc, scene):
     """A scene's samples in time order."""
     samples, token = [], scene["first_sample_token"]
     while token:
-        samples.append(nusc.get("sample", token))
+        samples.append(look_up(nusc, "sample", token))
         token = samples[-1]["next"]
     return samples
 
 
+def recorded(nusc, sample, channel):
+    """A sensor's sample_data record of a key frame, and world_T_ego (4, 4) float64 at that sensor's own time."""
+    data = look_up(nusc, "sample_data", sample["data"].get(channel, f"for {channel} at sample {sample['token']}"))
+    return data, pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
+
+
 def world_from_ego(nusc, sample):
     """world_T_ego (4, 4) float64 of a key frame: levelled, at its LIDAR_TOP time."""
-    lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
-    return levelled(pose_matrix(nusc.get("ego_pose", lidar["ego_pose_token"])))
+    return levelled(recorded(nusc, sample, "LIDAR_TOP")[1])
 
 
 # ---------------------------------------------------------------- files
@@ -252,7 +265,6 @@ def read_json(path, remedy):
         sys.exit(f"error: {path} cannot be read ({error.strerror}): {remedy}")
     except ValueError:
         sys.exit(f"error: {path} is damaged: {remedy}")
-
 
 
 @contextlib.contextmanager

@@ -1,0 +1,358 @@
+"""Stage 02: the rasteriser against hand-computed cells, shapely and the devkit; the map reader; bad input."""
+import importlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import shapely
+import torch
+from conftest import ROOT
+
+from reproject import Grid, levelled, load_pt, pose_matrix
+
+stage = importlib.import_module("02_bev_gt")
+GRID = Grid((-6.0, 6.0), (-4.0, 4.0), 0.5)  # 24 x 16 cells
+HERE = torch.eye(4, dtype=torch.float64)
+EMPTY = {"version": "1.3", "node": [], "line": [], "polygon": [], "lane_divider": [], "road_divider": [],
+         "ped_crossing": [], "road_segment": [], "lane": []}
+
+
+def road_map(divider=(), boundary=(), ped_crossing=()):
+    return {"divider": shapely.STRtree(stage.pieces(divider)), "boundary": shapely.STRtree(stage.pieces(boundary)),
+            "ped_crossing": shapely.STRtree([shapely.Polygon(p) for p in ped_crossing])}
+
+
+def pose(x=0.0, y=0.0, degrees=0.0):
+    a = math.radians(degrees)
+    return HERE.new_tensor([[math.cos(a), -math.sin(a), 0, x], [math.sin(a), math.cos(a), 0, y],
+                            [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def filled(bev, name):
+    return {tuple(cell) for cell in np.argwhere(bev == stage.CLASSES.index(name)).tolist()}
+
+
+@pytest.fixture
+def fragment():
+    path = ROOT.parent / "shared" / "nuscenes_fragment"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+# ---------------------------------------------------------------- hand-computed cells
+
+def test_line_ahead():
+    """A line along x at y = 0.25: column 7 has its centre on it, columns 6 and 8 are 0.5 m off, column 9 1 m."""
+    lines = [[(1.0, 0.25), (4.0, 0.25)]]
+    narrow = stage.rasterise(road_map(divider=lines), HERE, GRID, 0.9)
+    # x = 6 - (row + 0.5) / 2, so rows 4 to 9 lie within [1, 4]; the round ends reach 0.45 m: rows 3 and 10, 0.25 m off.
+    assert filled(narrow, "divider") == {(row, 7) for row in range(3, 11)}
+    wide = stage.rasterise(road_map(divider=lines), HERE, GRID, 1.02)  # reaches 0.51 m
+    side = {(row, column) for row in range(4, 10) for column in (6, 8)}
+    assert filled(wide, "divider") == {(row, 7) for row in range(3, 11)} | side  # corners: hypot(.25, .5) = 0.559 m
+
+
+def test_polygon_with_hole():
+    square = [(-2, -2), (2, -2), (2, 2), (-2, 2)]
+    hole = [(-0.6, -0.6), (0.6, -0.6), (0.6, 0.6), (-0.6, 0.6)]
+    tree = {**road_map(), "ped_crossing": shapely.STRtree([shapely.Polygon(square, [hole])])}
+    bev = stage.rasterise(tree, HERE, GRID, 0.5)
+    rows, columns = range(8, 16), range(4, 12)  # centres within 2 m; the hole takes centres at +-0.25 only
+    inside = {(r, c) for r in rows for c in columns} - {(r, c) for r in (11, 12) for c in (7, 8)}
+    assert filled(bev, "ped_crossing") == inside
+
+
+def test_polygon_partly_outside_the_window():
+    bev = stage.rasterise(road_map(ped_crossing=[[(5, 3), (9, 3), (9, 9), (5, 9)]]), HERE, GRID, 0.5)
+    assert filled(bev, "ped_crossing") == {(r, c) for r in (0, 1) for c in (0, 1)}
+    outside = stage.rasterise(road_map(ped_crossing=[[(7, 5), (9, 5), (9, 9), (7, 9)]]), HERE, GRID, 0.5)
+    assert not outside.any()
+
+
+def test_overlaps_lie_in_order():
+    crossing = [(-2, -4), (2, -4), (2, 4), (-2, 4)]
+    bev = stage.rasterise(road_map([[(-6, 0.25), (6, 0.25)]], [[(0.25, -4), (0.25, 4)]], [crossing]), HERE, GRID, 0.5)
+    names = [stage.CLASSES[bev[cell]] for cell in ((2, 7), (9, 7), (9, 2), (11, 2), (11, 7))]
+    assert names == ["divider", "divider", "ped_crossing", "boundary", "boundary"]
+
+
+def test_sub_pixel_shift():
+    """The row where a line's edge passes a cell's centre, to a hundredth of a cell."""
+    for shift, expected in ((0.0, {7}), (0.04, {7}), (0.06, {7, 6}), (-0.04, {7}), (-0.06, {7, 8})):
+        y = 0.25 + shift  # the centre of column 7 is at 0.25, its neighbours' 0.5 away: reach 0.45 leaves 0.05
+        bev = stage.rasterise(road_map(divider=[[(-9, y), (9, y)]]), HERE, GRID, 0.9)
+        assert {c for _, c in filled(bev, "divider")} == expected, shift
+
+
+def test_mean_width_is_line_width():
+    """Lines at random angles and offsets cover line_width x length on average."""
+    rng, grid, width, area = np.random.default_rng(0), Grid((-30, 30), (-15, 15), 0.3), 0.75, []
+    for _ in range(100):
+        angle, x, y = rng.uniform(0, math.pi), *rng.uniform(-2, 2, 2)
+        d = 5 * np.array((math.cos(angle), math.sin(angle)))
+        bev = stage.rasterise(road_map(boundary=[[(x, y) - d, (x, y) + d]]), HERE, grid, width)
+        area.append(len(filled(bev, "boundary")) * 0.09)
+    assert np.mean(area) == pytest.approx(10 * width + math.pi * width ** 2 / 4, rel=0.01)
+
+
+# ---------------------------------------------------------------- directions
+
+def test_ahead_left_is_upper_left():
+    bev = stage.rasterise(road_map(ped_crossing=[[(4, 2), (5, 2), (5, 3), (4, 3)]]), HERE, GRID, 0.5)
+    assert filled(bev, "ped_crossing") == {(2, 2), (2, 3), (3, 2), (3, 3)}
+
+
+@pytest.mark.parametrize("degrees", [0, 37, 90, -120, 180])
+def test_ego_pose(degrees):
+    """A thing 4.5 m ahead and 2.5 m left of the car is at the same cells wherever the car stands and looks."""
+    world_T_ego = pose(411.3, 1180.9, degrees)
+    square = torch.tensor([(4.01, 2.01, 0, 1), (4.99, 2.01, 0, 1), (4.99, 2.99, 0, 1), (4.01, 2.99, 0, 1)]).double()
+    world = (square @ world_T_ego.T)[:, :2].tolist()
+    bev = stage.rasterise(road_map(ped_crossing=[world]), world_T_ego, GRID, 0.5)
+    assert filled(bev, "ped_crossing") == {(2, 2), (2, 3), (3, 2), (3, 3)}
+
+
+def test_turning_left_moves_things_right():
+    north = [[(0, 5), (0, 5.5)]]  # straight left of a car at the origin that looks east
+    grid = Grid((-6, 6), (-6, 6), 0.5)
+    ahead = filled(stage.rasterise(road_map(north), pose(degrees=0), grid, 0.6), "divider")
+    assert ahead == {(11, 1), (12, 1)}
+    turned = filled(stage.rasterise(road_map(north), pose(degrees=60), grid, 0.6), "divider")
+    assert turned and all(row < 4 and 5 < column < 9 for row, column in turned)  # now 30 degrees left of ahead
+
+
+def test_levelled_keeps_place_and_heading():
+    from nuscenes.eval.common.utils import quaternion_yaw
+    from pyquaternion import Quaternion
+    q = Quaternion(axis=(0, 0, 1), degrees=75) * Quaternion(axis=(0, 1, 0), degrees=4) * Quaternion(
+        axis=(1, 0, 0), degrees=-3)
+    record = {"rotation": list(q), "translation": [100.0, 2000.0, 1.5]}
+    assert np.allclose(pose_matrix(record)[:3, :3].numpy(), q.rotation_matrix, atol=1e-12)
+    level = levelled(pose_matrix(record)).numpy()
+    assert np.allclose(level[:3, :3], Quaternion(axis=(0, 0, 1), radians=quaternion_yaw(q)).rotation_matrix, atol=1e-12)
+    assert level[:3, 3].tolist() == [100.0, 2000.0, 1.5]
+
+
+# ---------------------------------------------------------------- against others
+
+def test_against_shapely_cell_by_cell():
+    """Random geometry, random pose: every cell as an independent distance or containment test has it."""
+    rng, grid, width = np.random.default_rng(1), Grid((-12, 12), (-6, 6), 0.3), 0.75
+    for _ in range(5):
+        world_T_ego = pose(*rng.uniform(0, 2000, 2), rng.uniform(0, 360))
+        to_world = lambda xy: (xy @ world_T_ego[:2, :2].numpy().T + world_T_ego[:2, 3].numpy()).tolist()  # noqa: E731
+        lines = [to_world(rng.uniform(-15, 15, (4, 2))) for _ in range(3)]
+        edges = [to_world(rng.uniform(-15, 15, (3, 2))) for _ in range(2)]
+        shapes = [to_world(np.array(shapely.MultiPoint(rng.uniform(-9, 9, (6, 2))).convex_hull.exterior.coords))]
+        centres = np.array(to_world(grid.centres(HERE).numpy().reshape(-1, 2)))
+        points = shapely.points(centres)
+        expected = np.zeros(len(points), int)
+        expected[shapely.contains(shapely.Polygon(shapes[0]), points)] = 2
+        expected[shapely.distance(shapely.MultiLineString(lines), points) <= width / 2] = 1
+        expected[shapely.distance(shapely.MultiLineString(edges), points) <= width / 2] = 3
+        bev = stage.rasterise(road_map(lines, edges, shapes), world_T_ego, grid, width)
+        assert (bev.ravel() == expected).all()
+        assert set(np.unique(bev)) == {0, 1, 2, 3}
+
+
+def test_pieces_are_the_same_line():
+    lines = [[(0, 0), (10, 0), (10, 0.2)], [(5, 5), (5, 5)], [(1, 1)], []]
+    got = stage.pieces(lines)
+    assert shapely.length(got).max() <= stage.PIECE + 1e-9 and shapely.length(got).sum() == pytest.approx(10.2)
+    assert shapely.hausdorff_distance(shapely.line_merge(shapely.union_all(got[:-1])),
+                                      shapely.LineString(lines[0])) < 1e-9
+    assert len(stage.pieces([])) == 0
+
+
+def test_crossings_against_the_devkit(fragment):
+    """The devkit's own mask of the ped_crossing layer, brought to our directions, differs at its rounded rims only."""
+    from nuscenes.map_expansion.map_api import NuScenesMap
+    devkit = NuScenesMap(str(fragment), "boston-seaport")
+    ours, grid = stage.read_map(fragment / "maps/expansion/boston-seaport.json"), Grid((-30, 30), (-15, 15), 0.1)
+    polygon = ours["ped_crossing"].geometries[0]
+    x, y = polygon.centroid.x - 5, polygon.centroid.y + 2
+    for degrees in (0, 33, 200):
+        world_T_ego = pose(x, y, degrees)
+        bev = stage.rasterise({**road_map(), "ped_crossing": ours["ped_crossing"]}, world_T_ego, grid, 0.75) == 2
+        # get_map_mask turns the map until the car looks along +x of its canvas: rows go up along y, columns along x.
+        mask = devkit.get_map_mask((x, y, 30, 60), degrees, ["ped_crossing"], (300, 600))[0]
+        theirs = mask.astype(bool).T[::-1, ::-1]
+        assert bev.sum() > 3000  # 30 square metres
+        different = bev != theirs
+        assert different.sum() < 0.06 * bev.sum()
+        rim = stage.draw_lines(
+            ((grid.x_range[1], grid.y_range[1]) - (shapely.get_coordinates(stage.pieces(
+                [shapely.get_coordinates(ring) for p in ours["ped_crossing"].geometries
+                 for ring in shapely.get_rings(p)])) - (x, y)) @ world_T_ego[:2, :2].numpy()).reshape(-1, 2, 2) / 0.1,
+            grid.shape, 1.5)
+        assert not (different & ~rim).any()
+
+
+# ---------------------------------------------------------------- the map
+
+def write_map(path, **layers):
+    """A map expansion file; each layer is a list of polygons (with holes) or lines of (x, y)."""
+    table = json.loads(json.dumps(EMPTY))
+    for layer, shapes in layers.items():
+        for number, shape in enumerate(shapes):
+            rings = [shape] if layer.endswith("divider") else shape
+            tokens = []
+            for ring in rings:
+                tokens.append([f"n{len(table['node']) + i}" for i in range(len(ring))])
+                table["node"] += [{"token": t, "x": x, "y": y} for t, (x, y) in zip(tokens[-1], ring)]
+            token = f"{layer}{number}"
+            if layer.endswith("divider"):
+                table["line"].append({"token": token, "node_tokens": tokens[0]})
+                table[layer].append({"token": token, "line_token": token})
+            else:
+                table["polygon"].append({"token": token, "exterior_node_tokens": tokens[0],
+                                         "holes": [{"node_tokens": hole} for hole in tokens[1:]]})
+                table[layer].append({"token": token, "polygon_token": token})
+    path.write_text(json.dumps(table))
+    return table
+
+
+def rectangle(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def test_read_map(tmp_path):
+    path = tmp_path / "map.json"
+    table = write_map(path, lane_divider=[[(0, 0), (3, 0)]], road_divider=[[(0, 1), (4, 1)], [(0, 2)]],
+                      ped_crossing=[[rectangle(0, 0, 4, 4), rectangle(1, 1, 2, 2)]],
+                      road_segment=[[rectangle(0, -5, 20, 5)]], lane=[[rectangle(20, -5, 40, 5)]])
+    table["road_divider"].append({"token": "x", "line_token": ""})  # as in the real maps
+    path.write_text(json.dumps(table))
+    got = stage.read_map(path)
+    assert shapely.length(got["divider"].geometries).sum() == pytest.approx(7)
+    assert shapely.area(got["ped_crossing"].geometries).tolist() == [15]
+    assert shapely.length(got["boundary"].geometries).sum() == pytest.approx(100)  # 40 x 10 m, no line at x = 20
+
+
+@pytest.mark.parametrize("gap", [-0.5, 0.0, 0.001, 0.03])
+def test_no_boundary_between_abutting_lanes(gap):
+    road = [shapely.box(0, 0, 20, 4), shapely.box(0, 4 + gap, 20, 8), shapely.box(20, 0, 40, 8)]
+    outline = stage.contour(np.array(road))
+    assert len(outline) == 1
+    assert shapely.hausdorff_distance(shapely.LineString(outline[0]), shapely.box(0, 0, 40, 8).exterior) < 0.05
+
+
+def test_contour_has_holes_and_keeps_real_gaps():
+    island = shapely.Polygon(rectangle(0, 0, 40, 20), [rectangle(10, 8, 30, 12)])
+    assert len(stage.contour(np.array([island]))) == 2
+    assert len(stage.contour(np.array([shapely.box(0, 0, 20, 4), shapely.box(0, 4.3, 20, 8)]))) == 2
+
+
+def test_boundary_is_never_the_window(tmp_path):
+    """On a road far wider than the window there is no boundary, wherever the car stands; at its edge there is one."""
+    path = tmp_path / "map.json"
+    write_map(path, road_segment=[[rectangle(0, 0, 200, 200)]])
+    wide = stage.read_map(path)
+    for x, y, degrees in ((100, 100, 0), (60, 140, 30), (150, 100, 77)):
+        assert not stage.rasterise(wide, pose(x, y, degrees), Grid((-30, 30), (-15, 15), 0.3), 0.75).any()
+    bev = stage.rasterise(wide, pose(100, 195), Grid((-30, 30), (-15, 15), 0.3), 0.75)
+    columns = {c for _, c in filled(bev, "boundary")}
+    # y = 5 lies at column 33.3; centres 32.5 to 34.5 are within 0.375 m = 1.25 cells; in every row, to the very edge
+    assert columns == {32, 33, 34} and len(filled(bev, "boundary")) == 3 * 200
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda text: text[:500], "damaged"),
+    (lambda text: text.replace('"version": "1.3"', '"version": "1.2"'), "older than version 1.3"),
+    (lambda text: text.replace('"version": "1.3", ', ""), "older than version 1.3"),
+    (lambda text: text.replace('"line": ', '"enil": '), "damaged"),
+    (lambda text: text.replace('"n0"', '"n99"', 1), "damaged"),
+    (lambda text: "[]", "older than version 1.3")])
+def test_spoilt_maps(tmp_path, spoil, says):
+    path = tmp_path / "town.json"
+    write_map(path, ped_crossing=[[rectangle(x, 0, x + 2, 4)] for x in range(5)])
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(SystemExit) as stop:
+        stage.read_map(path)
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    assert "town.json" in message and says in message and "nuScenes-map-expansion-v1.3.zip" in message
+
+
+def test_official_splits():
+    names = ["scene-0103", "scene-0061", "scene-0003", "scene-0001", "scene-9999"]
+    assert stage.official_splits(names, "v1.0-trainval") == {"train": ["scene-0001", "scene-0061"],
+                                                             "val": ["scene-0003", "scene-0103"]}
+    assert stage.official_splits(names, "v1.0-mini") == {"train": ["scene-0061"], "val": ["scene-0103"]}
+
+
+# ---------------------------------------------------------------- the script
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy world of two scenes; returns the folder that data/toy lies in."""
+    cwd = tmp_path_factory.mktemp("bev gt")
+    subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
+                    "--frames", "2"], cwd=cwd, check=True, capture_output=True)
+    return cwd
+
+
+def run(cwd, *args):
+    return subprocess.run([sys.executable, ROOT / "02_bev_gt.py", *args], capture_output=True, text=True, cwd=cwd)
+
+
+def fails(result, *words):
+    lines = [line for line in result.stderr.splitlines() if "scene/s]" not in line and line.strip()]
+    assert result.returncode not in (0, None) and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_script_writes_resumes_and_finishes(world):
+    out = world / "out"
+    assert run(world).returncode == 0
+    splits = json.loads((out / "splits.json").read_text())
+    first, second = splits["train"] + splits["val"]
+    assert len(splits["train"]) == len(splits["val"]) == 1
+    truth = load_pt(out / f"bev_gt/{second}.pt", "")
+    assert set(truth) == {"meta", "scene", "token", "bev"} and truth["bev"].dtype == torch.uint8
+    assert truth["bev"].shape == (2, 200, 100) and len(truth["token"]) == 2 and truth["scene"] == second
+    assert truth["bev"].max() <= 3 and truth["bev"].any()
+
+    stamp = (out / f"bev_gt/{first}.pt").stat().st_mtime_ns
+    (out / f"bev_gt/{second}.pt").unlink()
+    (out / "splits.json").unlink()
+    assert run(world).returncode == 0
+    assert torch.equal(load_pt(out / f"bev_gt/{second}.pt", "")["bev"], truth["bev"])
+    assert json.loads((out / "splits.json").read_text()) == splits
+    assert "nothing to do" in run(world).stdout
+    assert (out / f"bev_gt/{first}.pt").stat().st_mtime_ns == stamp
+    fails(run(world, "--preset", "paper"), ".pt", "delete", "--out")
+
+    # Another map, or another data set under the same names, is not taken for the finished one.
+    paths = list((world / "data/toy/maps/expansion").glob("*.json"))
+    for path in paths:
+        path.write_text(path.read_text() + " ")
+    fails(run(world), ".pt", "map", "delete")
+
+
+def test_script_stops_on_bad_input(world, tmp_path):
+    root, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(world / "data/toy", root, ignore=shutil.ignore_patterns("samples"))
+    args = ("--dataroot", root, "--out", out)
+    fails(run(tmp_path, "--dataroot", tmp_path / "nowhere"), "nowhere/v1.0-trainval", "--dataroot")
+    for table, spoilt, says in (("log", "[{", "damaged"), ("ego_pose", "[]", "no record")):
+        path = root / f"v1.0-trainval/{table}.json"
+        whole = path.read_text()
+        path.write_text(spoilt)
+        fails(run(tmp_path, *args), f"v1.0-trainval/{table}.json", says, "unpack")
+        path.write_text(whole)
+    path = root / "v1.0-trainval/scene.json"
+    whole = path.read_text()
+    path.write_text(re.sub(r"scene-\d+", "scene-9999", whole))
+    fails(run(tmp_path, *args), "split")
+    path.write_text(whole)
+    for path in (root / "maps/expansion").glob("*.json"):
+        path.unlink()
+    fails(run(tmp_path, *args), ".json is missing", "nuScenes-map-expansion-v1.3.zip", "maps")
+    assert not (out / "splits.json").exists() and not [path for path in out.rglob("*.tmp")]
