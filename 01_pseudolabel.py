@@ -52,6 +52,24 @@ NEEDED = ("Road", "Sidewalk", "Curb", "Lane Marking - General", "Lane Marking - 
 LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the network: they win it from a third of its area
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(description="Stage 01: a Mask2Former labels every camera image.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
+    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
+    parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
+    parser.add_argument("--segmenter-size", type=int, nargs=2, default=(288, 512), metavar=("H", "W"),
+                        help="size of the images that it is shown")
+    parser.add_argument("--min-confidence", type=float, default=0.35,
+                        help="pixels whose class is less probable than this are ignored")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
+    parser.add_argument("--out", default="out", help="folder of everything the stages write")
+    parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
+    parser.add_argument("--workers", type=int, default=4, help="threads, each with a batch in hand")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    return parser.parse_args()
+
+
 # ---------------------------------------------------------------- the segmenter
 
 def segmenter_config(name):
@@ -211,25 +229,11 @@ def label_images(paths, segment, membership, segmenter_size, image_size, min_con
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Stage 01: a Mask2Former labels every camera image.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
-    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
-    parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
-    parser.add_argument("--segmenter-size", type=int, nargs=2, default=(288, 512), metavar=("H", "W"),
-                        help="size of the images that it is shown")
-    parser.add_argument("--min-confidence", type=float, default=0.35,
-                        help="pixels whose class is less probable than this are ignored")
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
-    parser.add_argument("--out", default="out", help="folder of everything the stages write")
-    parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
-    parser.add_argument("--workers", type=int, default=4, help="threads, each with a batch in hand")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    args = parser.parse_args()
+    args = parse_args()
     if min(args.batch_size, args.workers, *args.segmenter_size) < 1:
-        parser.error("--batch-size, --workers and --segmenter-size are at least 1")
+        sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here; use --device cpu")
+        sys.exit("error: --device cuda: PyTorch finds no GPU here; use --device cpu")
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)

@@ -36,6 +36,16 @@ PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each on
 SEAM = 0.02  # m; lanes that should abut may be drawn apart by up to twice this and still count as one road
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(description="Stage 02: rasterise the map into BEV ground truth.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
+    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
+    parser.add_argument("--out", default="out", help="folder of everything the stages write")
+    return parser.parse_args()
+
+
 def read_map(path):
     """Read a map expansion JSON: {class name: STRtree}, of line pieces or of polygons, in metres in the world frame.
 
@@ -144,13 +154,7 @@ def official_splits(scenes, version):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Stage 02: rasterise the map into BEV ground truth.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
-    parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
-    parser.add_argument("--out", default="out", help="folder of everything the stages write")
-    args = parser.parse_args()
+    args = parse_args()
 
     config, out = PRESETS[args.preset], Path(args.out)
     nusc = open_tables(NuScenes, args.dataroot, args.version)

@@ -1,4 +1,4 @@
-"""Stage 3: learn the BEV map from the cameras alone. No BEV label is read.
+"""Stage 03: learn the BEV map from the cameras alone. No BEV label is read.
 
 The network predicts a BEV map; `render` lays it on the ground and looks at it through the six cameras; cross-entropy
 compares what each camera would see with the pseudo-label of that camera. A temporal loss keeps the prediction equal to
@@ -20,7 +20,8 @@ from reproject import IGNORE, Frames, cells_in_cameras, read_splits, relative_po
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Pretrain by reprojection: no BEV label is read.")
+    parser = argparse.ArgumentParser(description="Pretrain by reprojection: no BEV label is read.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
@@ -28,7 +29,7 @@ def parse_args():
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 5.0, 2.0, 5.0), metavar="W",
+    parser.add_argument("--class-weights", type=float, nargs=4, default=[1.0, 5.0, 2.0, 5.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--temporal", type=float, default=0.5, help="weight of the temporal loss")
     parser.add_argument("--max-range", type=float, default=25.0, help="m from a camera beyond which its pixels are ignored")

@@ -1,4 +1,4 @@
-"""Stage 4: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
+"""Stage 04: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
 
 The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
 on every machine and with every seed. The checkpoint records which they were.
@@ -21,7 +21,8 @@ from reproject import Frames, read_splits
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train on them from scratch.")
+    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train on them from scratch.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--init", default="out/pretrain.pt", help="checkpoint of 03_pretrain.py, or scratch")
@@ -31,7 +32,7 @@ def parse_args():
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=float, nargs=4, default=(1.0, 4.0, 2.0, 4.0), metavar="W",
+    parser.add_argument("--class-weights", type=float, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

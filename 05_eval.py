@@ -1,4 +1,4 @@
-"""Stage 5: score a checkpoint against the BEV ground truth, and draw what it sees.
+"""Stage 05: score a checkpoint against the BEV ground truth, and draw what it sees.
 
 Scenes are run frame by frame in their order, the BEV features of one frame being the history of the next.
 `--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV by inverse
@@ -13,8 +13,6 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
     python 05_eval.py --checkpoint out/pretrain.pt --split val
 """
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import NUM_CLASSES, PRESETS, count_overlap, iou, load_checkpoint, step
-from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render
+from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render, save_json
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -34,7 +32,8 @@ VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.")
+    parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--checkpoint", default="out/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
@@ -181,7 +180,6 @@ if __name__ == "__main__":
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS}}
-    (folder / "metrics.json.tmp").write_text(json.dumps(metrics, indent=1) + "\n")
-    os.replace(folder / "metrics.json.tmp", folder / "metrics.json")
+    save_json(metrics, folder / "metrics.json")
     print(f"{folder}/metrics.json and {min(args.pictures, len(frames))} pictures written")
     print_table(f"{args.checkpoint} on {args.split}: {len(frames)} key frames of {len(scenes)} scenes", overlap)

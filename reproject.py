@@ -259,6 +259,7 @@ def world_from_ego(nusc, sample):
 # ---------------------------------------------------------------- files
 
 def read_json(path, remedy):
+    """The content of a JSON file, or stop with one line that ends in the remedy."""
     try:
         return json.loads(Path(path).read_text())
     except OSError as error:
@@ -284,11 +285,13 @@ def whole_file(path):
 
 
 def save_pt(content, path):
+    """Write a .pt, whole or not at all."""
     with whole_file(path) as file:
         torch.save(content, file)
 
 
 def save_json(content, path):
+    """Write a JSON file, whole or not at all."""
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
