@@ -32,7 +32,7 @@ def parse_args():
     parser.add_argument("--class-weights", type=float, nargs=4, default=[1.0, 5.0, 2.0, 5.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--temporal", type=float, default=0.5, help="weight of the temporal loss")
-    parser.add_argument("--max-range", type=float, default=25.0, help="m from a camera beyond which its pixels are ignored")
+    parser.add_argument("--max-range", type=float, default=25.0, help="m from the camera; farther pixels are ignored")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()

@@ -21,7 +21,7 @@ from reproject import Frames, read_splits
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train on them from scratch.",
+    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train from scratch.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")

@@ -130,7 +130,8 @@ def contact_sheet(frame, logits, grid):
     width, bar, gap = blocks[0].shape[1], 24, 8
     page = Image.new("RGB", (width + sum(m.width + gap for m in maps), height + 3 * bar), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    for k, (block, title) in enumerate(zip(blocks, ("cameras with pseudo-labels", "cameras with the prediction, rendered"))):
+    titles = "cameras with pseudo-labels", "cameras with the prediction, rendered"
+    for k, (block, title) in enumerate(zip(blocks, titles)):
         draw.text((4, 3 + k * (height // 2 + bar)), title, INK, font)
         page.paste(Image.fromarray(block.numpy()), (0, bar + k * (height // 2 + bar)))
     left = width + gap
@@ -139,7 +140,7 @@ def contact_sheet(frame, logits, grid):
         page.paste(m, (left, bar))
         centre = (left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0]),
                   bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0]))
-        draw.polygon([(centre[0], centre[1] - 10), (centre[0] - 6, centre[1] + 8), (centre[0] + 6, centre[1] + 8)], PAPER)
+        draw.polygon([(centre[0] + x, centre[1] + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
     for name, colour in {**COLOURS, "ignored": IGNORED, "car, pointing ahead": PAPER}.items():

@@ -5,7 +5,7 @@
 `Config` and `PRESETS` say how large everything is. `BEVSegmenter` is the network; its encoder is BEVFormer (Li et al.,
 ECCV 2022, arXiv 2203.17270): a grid of BEV queries that look at the previous BEV (temporal self-attention, section 3.4)
 and at the camera features where their ground is seen (spatial cross-attention, section 3.3), both by deformable
-attention (Deformable DETR, arXiv 2010.04159). Then the loss, the score, and the training loop that stages 03 and 04 share.
+attention (Deformable DETR, arXiv 2010.04159). Then the loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads, L feature levels, P sampling points, Z heights of a pillar,
 H x W cells of a BEV grid, Q = H*W queries (row by row), h x w pixels. Axes: see reproject.py.
@@ -174,7 +174,8 @@ class SpatialCrossAttention(nn.Module):
         B, Q, C = query.shape
         camera, cell, anchors = hits  # (R,), (R,), (R, Z, 2)
         (R, Z, _), M, L, P = anchors.shape, self.M, self.L, self.P
-        values = [self.value(f).unflatten(-1, (M, C // M)).permute(0, 3, 4, 1, 2) for f in features]  # (B*N, M, D, h, w)
+        # Projected once a layer and camera, not once a query: (B*N, M, D, h, w) a level
+        values = [self.value(f).unflatten(-1, (M, C // M)).permute(0, 3, 4, 1, 2) for f in features]
         flat = query.flatten(0, 1)  # (B*Q, C)
         sizes = torch.tensor([(f.shape[2], f.shape[1]) for f in features], device=query.device)  # (L, 2) as (w, h)
         offsets = self.offsets(flat).view(B * Q, M, L, P // Z, Z, 2).to(anchors) / sizes.view(L, 1, 1, 2)
@@ -296,8 +297,8 @@ class BEVSegmenter(nn.Module):
             weights = torchvision.models.get_model_weights(self.config.backbone)[self.config.weights]
             state = weights.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            sys.exit(f"error: cannot fetch {self.config.backbone} {self.config.weights} ({error}): connect once, or set "
-                     "weights=None in the preset (model.py)")
+            sys.exit(f"error: cannot fetch {self.config.backbone} {self.config.weights} ({error}): connect once, "
+                     "or set weights=None in the preset (model.py)")
         have = self.backbone.state_dict().keys()
         self.backbone.load_state_dict({key: value for key, value in state.items() if key in have})
 
@@ -316,8 +317,8 @@ class BEVSegmenter(nn.Module):
         bev = self.encoder(self.query.expand(B, -1, -1), position.flatten(0, 1), features, K, ego_T_cam, previous,
                            has_previous)  # (B, Q, C)
         bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, C, bev_H, bev_W)
-        fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)  # (B, C, H, W)
-        return self.classify(fine), bev
+        fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)
+        return self.classify(fine), bev  # (B, classes, H, W), (B, C, bev_H, bev_W)
 
 
 def run_sequence(model, batch):
@@ -356,7 +357,8 @@ def segmentation_loss(logits, target, class_weights):
 
 
 def count_overlap(prediction, target):
-    """Intersection and union (2, classes) in cells, int64. Both (..., H, W) class indices; IGNORE targets do not count."""
+    """Intersection and union (2, classes) in cells, int64. prediction, target (..., H, W): class indices, or IGNORE in
+    the target: such cells do not count."""
     valid = target != IGNORE
     pair = NUM_CLASSES * target[valid].long() + prediction[valid].long()
     confusion = torch.bincount(pair, minlength=NUM_CLASSES ** 2).view(NUM_CLASSES, NUM_CLASSES)  # [target, prediction]
@@ -424,7 +426,8 @@ def load_checkpoint(path, remedy, config=None):
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every few minutes and at the end; go on where `path` stopped.
 
-    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar). args: steps, batch_size, lr, seed, device, workers.
+    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar). args holds steps, batch_size, lr, seed, device
+    and workers.
     """
     keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)

@@ -30,5 +30,5 @@ def surround(batch=1, yaws=(0, -55, 55, 180, 110, -110), dtype=torch.float32, **
 def pose(x, y, yaw, dtype=torch.float64):
     """world_T_ego (4, 4): the car at (x, y) metres, turned left by `yaw` degrees."""
     a = math.radians(yaw)
-    return torch.tensor([[math.cos(a), -math.sin(a), 0, x], [math.sin(a), math.cos(a), 0, y], [0, 0, 1, 0], [0, 0, 0, 1]],
-                        dtype=dtype)
+    c, s = math.cos(a), math.sin(a)
+    return torch.tensor([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=dtype)

@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-TOP = {"01_pseudolabel.py", "02_bev_gt.py", "03_pretrain.py", "04_finetune.py", "05_eval.py", "model.py", "reproject.py",
-       "requirements.txt", "README.md", "LICENSE", "tests"}
+TOP = {"01_pseudolabel.py", "02_bev_gt.py", "03_pretrain.py", "04_finetune.py", "05_eval.py", "model.py",
+       "reproject.py", "requirements.txt", "README.md", "LICENSE", "tests"}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ALLOWED = {"torch", "torchvision", "nuscenes", "transformers", "numpy", "tqdm", "PIL",  # the seven packages
            "shapely", "safetensors"}  # come with nuscenes-devkit and transformers
@@ -39,14 +39,14 @@ def test_functions_are_short_and_lines_fit(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
-    assert max(map(len, text.splitlines())) <= 120 + 5
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_public_names_have_docstrings_and_imports_are_the_allowed(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "parse_args":
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "parse_args":
             assert ast.get_docstring(node), node.name
     names = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -21,7 +21,8 @@ def from_official(state, heads, points):
              "attentions.0.value_proj": "temporal.value", "attentions.0.output_proj": "temporal.output",
              "attentions.1.deformable_attention.sampling_offsets": "spatial.offsets",
              "attentions.1.deformable_attention.attention_weights": "spatial.weights",
-             "attentions.1.deformable_attention.value_proj": "spatial.value", "attentions.1.output_proj": "spatial.output",
+             "attentions.1.deformable_attention.value_proj": "spatial.value",
+             "attentions.1.output_proj": "spatial.output",
              "ffns.0.layers.0.0": "ffn.0", "ffns.0.layers.1": "ffn.2", "norms": "norms"}
     ours = {}
     for key, value in state.items():
@@ -166,8 +167,8 @@ def test_overfits_one_sample():
     truth[0][(xy[..., 1] + 6).abs() < 0.8] = 3
     K, ego_T_cam = surround()
     K[..., :2, :] *= 0.5
-    shown, valid = render(torch.nn.functional.one_hot(truth.long(), 4).permute(0, 3, 1, 2).float(), K, ego_T_cam, (72, 128),
-                          config.grid)
+    one_hot = torch.nn.functional.one_hot(truth.long(), 4).permute(0, 3, 1, 2).float()
+    shown, valid = render(one_hot, K, ego_T_cam, (72, 128), config.grid)
     colours = torch.tensor([[80.0, 80, 80], [250, 250, 250], [60, 120, 250], [200, 90, 20]])
     image = (torch.einsum("bnchw,cd->bndhw", shown, colours) * valid.unsqueeze(2)).byte()
     model = BEVSegmenter(config).train()

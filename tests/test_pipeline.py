@@ -13,8 +13,8 @@ from reproject import CAMERAS, save_pt
 
 def run(script, *args, cwd, ok=True):
     """Run a script of the repository in `cwd`; returns its output. With ok=False it must fail in one clear line."""
-    result = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                            timeout=300)
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     if ok:
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
@@ -94,11 +94,11 @@ def test_checkpoint_of_another_architecture(world):
     checkpoint = torch.load(world / "out/pretrain.pt", weights_only=True)
     checkpoint["config"]["channels"] = 32
     save_pt(checkpoint, world / "out/other.pt")
-    assert "another architecture: channels 32 (expected 64)" in run("04_finetune.py", "--init", "out/other.pt", "--name", "b",
-                                                                    cwd=world, ok=False)
+    finetune = "04_finetune.py", "--init", "out/other.pt", "--name", "b"
+    assert "another architecture: channels 32 (expected 64)" in run(*finetune, cwd=world, ok=False)
     checkpoint["config"]["channels"], checkpoint["args"]["steps"] = 64, 9
     save_pt(checkpoint, world / "out/other.pt")
-    assert "stopped at step 3 of 9" in run("04_finetune.py", "--init", "out/other.pt", "--name", "b", cwd=world, ok=False)
+    assert "stopped at step 3 of 9" in run(*finetune, cwd=world, ok=False)
 
 
 def test_a_missing_scene_is_named(world):

@@ -125,10 +125,11 @@ def test_pictures(key_frames):
 
 
 def test_most_of_the_map_is_on_paint_or_kerb(key_frames):
-    """Of the rendered divider and boundary pixels on road surface within 15 m, most lie within 0.6 m of paint or kerb."""
+    """Rendered divider and boundary pixels on road surface within 15 m: most lie within 0.6 m of paint or kerb."""
     hits = total = 0
     for frame in key_frames:
-        classes, labels, ground, distance = rendered(frame["bev"], frame), frame["labels"], frame["ground"], frame["distance"]
+        classes = rendered(frame["bev"], frame)
+        labels, ground, distance = (frame[key] for key in ("labels", "ground", "distance"))
         mine = (distance < RANGE) & (labels > 0) & ((classes == 1) | (classes == 3))
         share = share_near(ground[mine], ground[(distance < RANGE + 2) & (labels >= KERB)])
         print(frame["name"], round(share, 2))  # measured: 0.65, 0.29 (the bridge, see above), 0.95
@@ -142,7 +143,8 @@ def test_stages_03_to_05_run_and_overfit(key_frames):
     out = key_frames[0]["out"]
     (out / "splits.json").write_text(json.dumps({"train": ["scene-0061", "scene-0103"], "val": []}))
     for script, *args in (["03_pretrain.py", "--steps", "2"],
-                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "100", "--batch-size", "3"],
+                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "100",
+                           "--batch-size", "3"],
                           ["05_eval.py", "--checkpoint", out / "finetune.pt", "--split", "train"]):
         result = subprocess.run([sys.executable, ROOT / script, "--out", out, *args], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

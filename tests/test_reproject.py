@@ -1,6 +1,10 @@
-"""Geometry against hand-computed numbers, finite differences and its own inverse; a wrong sign, axis or half pixel fails."""
+"""Geometry against hand-computed numbers, finite differences and its own inverse.
+
+A wrong sign, axis or half pixel fails here.
+"""
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -154,8 +158,8 @@ def test_warp_by_nothing_is_nothing():
 
 def test_relative_pose_keeps_millimetres_far_from_the_origin():
     a, b = pose(2000.125, 1000.25, 30), pose(2000.625, 1000.25, 30)
-    step = relative_pose(a, b)
-    assert step[:2, 3].tolist() == pytest.approx([0.5 * math.cos(math.radians(30)), -0.5 * math.sin(math.radians(30))], abs=1e-6)
+    motion, turn = relative_pose(a, b), math.radians(30)
+    assert motion[:2, 3].tolist() == pytest.approx([0.5 * math.cos(turn), -0.5 * math.sin(turn)], abs=1e-6)
     torch.testing.assert_close(inverse(a) @ a, torch.eye(4, dtype=torch.float64))
 
 
@@ -202,11 +206,12 @@ def test_frames_history_and_gaps(tmp_path):
 @pytest.mark.parametrize("damage, says", [
     (lambda out, config: (out / "frames/a.pt").unlink(), "frames/a.pt is missing: run 01"),
     (lambda out, config: (out / "bev_gt/a.pt").unlink(), "bev_gt/a.pt is missing: run 02"),
-    (lambda out, config: (out / "frames/a.pt").write_bytes((out / "frames/a.pt").read_bytes()[:5000]), "a.pt is damaged"),
+    (lambda out, config: os.truncate(out / "frames/a.pt", 5000), "a.pt is damaged"),
     (lambda out, config: write_scene(out, "a", config, [0.0], (72, 128)), "image_size [72, 128], expected [144, 256]"),
     (lambda out, config: save_pt({"meta": make_meta(Config(cell=0.5), {}), "token": ["a-0"]}, out / "bev_gt/a.pt"),
      "cell 0.5, expected 0.3"),
-    (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"]}, out / "bev_gt/a.pt"), "other key frames"),
+    (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"]}, out / "bev_gt/a.pt"),
+     "other key frames"),
 ])
 def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     config = PRESETS["toy"]
