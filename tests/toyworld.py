@@ -1314,7 +1314,7 @@ def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes
 # The segmenter. torch and transformers are imported inside: the processes that render have no use for them.
 
 SEGMENTER_FOLDER = Path(__file__).parent / "toy_segmenter"
-LOSS_WEIGHTS = {MARKING: 2.0, CURB: 1.5, CROSSWALK: 1.5}    # thin and rare labels; all others weigh 1
+LOSS_WEIGHTS = {MARKING: 2.0, CURB: 1.5, CROSSWALK: 2.0}    # thin and rare labels; all others weigh 1
 
 
 def render_district(plan):
@@ -1399,7 +1399,7 @@ def segmenter_loss(outputs, labels, weights):
     return compete + present + (1 - dice).mean() + 0.2 * F.cross_entropy(classes.flatten(0, 1), own.flatten())
 
 
-def train_segmenter(folder=SEGMENTER_FOLDER, seed=0, steps=1500, batch=4):
+def train_segmenter(folder=SEGMENTER_FOLDER, seed=0, steps=2000, batch=4):
     """Renders the segmenter's town, trains on it, prints the IoU on held-out districts, writes the checkpoint."""
     import torch
     torch.manual_seed(seed)
@@ -1435,8 +1435,9 @@ def train_segmenter(folder=SEGMENTER_FOLDER, seed=0, steps=1500, batch=4):
     processor.save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes the embedded world, or trains its segmenter.")
+def parse_args():
+    parser = argparse.ArgumentParser(description="Writes the embedded world, or trains its segmenter.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write the data set to")
     parser.add_argument("--seed", type=int, default=0, help="everything follows from it")
     parser.add_argument("--train-scenes", type=int, default=24, help="scenes of the official train split")
@@ -1445,7 +1446,11 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=2, help="scenes rendered at a time")
     parser.add_argument("--train-segmenter", action="store_true",
                         help=f"train and write {SEGMENTER_FOLDER.name} beside this file instead; takes --seed")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()
     if args.train_segmenter:
         train_segmenter(seed=args.seed)
         sys.exit()
