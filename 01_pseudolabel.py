@@ -28,9 +28,9 @@ from nuscenes.nuscenes import NuScenes
 from PIL import Image
 from tqdm import tqdm
 
-from model import PRESETS
-from reproject import (CAMERAS, CLASSES, IGNORE, encode, inverse, is_finished, key_frames, look_up, make_meta,
-                       open_tables, pose_matrix, recorded, save_pt, world_from_ego)
+from model import PRESETS, check_device
+from reproject import (CAMERAS, CLASSES, FRAMES_META, IGNORE, encode, inverse, is_finished, key_frames, look_up,
+                       make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -232,8 +232,7 @@ if __name__ == "__main__":
     args = parse_args()
     if min(args.batch_size, args.workers, *args.segmenter_size) < 1:
         sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: PyTorch finds no GPU here; use --device cpu")
+    check_device(args.device)
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
@@ -246,7 +245,8 @@ if __name__ == "__main__":
 
     # What there is to do: every scene, but those whose file is there already.
     todo = [scene for scene in nusc.scene
-            if not is_finished(folder / f"{scene['name']}.pt", meta, [s["token"] for s in key_frames(nusc, scene)],
+            if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META,
+                               [sample["token"] for sample in key_frames(nusc, scene)],
                                f"delete {folder} or use another --out")]
     if not todo:
         print(f"{folder} is finished ({len(nusc.scene)} scenes): nothing to do")

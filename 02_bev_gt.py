@@ -28,8 +28,8 @@ from nuscenes.utils import splits
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CLASSES, is_finished, key_frames, look_up, make_meta, open_tables, read_json, save_json,
-                       save_pt, world_from_ego)
+from reproject import (CLASSES, GRID_META, is_finished, key_frames, look_up, make_meta, open_tables, read_json,
+                       save_json, save_pt, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
@@ -133,7 +133,7 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     window = shapely.Polygon(corners @ R.T + t).buffer(margin)
 
     def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
-        return ((ahead, left) - (xy_world - t) @ R) / grid.cell  # the inverse of R is its transpose: p @ R
+        return grid.cells((xy_world - t) @ R)  # the inverse of a rotation is its transpose: p @ R
 
     bev = np.zeros(grid.shape, np.uint8)
     for name in ("ped_crossing", "divider", "boundary"):  # later ones lie on top
@@ -173,7 +173,7 @@ if __name__ == "__main__":
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             metas[location] = make_meta(config, {"version": args.version, "map": digest})
         tokens = [sample["token"] for sample in key_frames(nusc, scene)]
-        if not is_finished(out / "bev_gt" / f"{scene['name']}.pt", metas[location], tokens,
+        if not is_finished(out / "bev_gt" / f"{scene['name']}.pt", metas[location], GRID_META, tokens,
                            f"delete {out / 'bev_gt'} or use another --out"):
             todo.setdefault(location, []).append(scene)
 

@@ -8,14 +8,14 @@ Reads  out/frames/<scene>.pt of the training scenes, out/splits.json
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end
 
     python 03_pretrain.py
-    python 03_pretrain.py --out out --preset paper --steps 60000 --batch-size 4 --lr 4e-4
+    python 03_pretrain.py --out out --preset paper --steps 60000 --batch-size 4 --lr 2e-4
 """
 import argparse
 from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, fit, run_sequence, segmentation_loss
+from model import PRESETS, BEVSegmenter, check_device, fit, run_sequence, segmentation_loss
 from reproject import IGNORE, Frames, cells_in_cameras, read_splits, relative_pose, render, warp
 
 
@@ -43,7 +43,8 @@ def reprojection_loss(logits, batch, grid, class_weights, max_range):
     label = batch["label"]  # (B, N, h, w)
     image, valid = render(logits, batch["K"][:, -1], batch["ego_T_cam"][:, -1], label.shape[-2:], grid, max_range)
     label = torch.where(valid, label, IGNORE)
-    return segmentation_loss(image.flatten(0, 1), label.flatten(0, 1), class_weights)  # (B*N, classes, h, w)
+    # Cameras are samples to the loss: (B*N, classes, h, w) against (B*N, h, w).
+    return segmentation_loss(image.flatten(0, 1), label.flatten(0, 1), class_weights)
 
 
 def temporal_loss(logits, before, batch, grid):
@@ -64,6 +65,7 @@ def temporal_loss(logits, before, batch, grid):
 
 if __name__ == "__main__":
     args = parse_args()
+    check_device(args.device)
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
@@ -74,7 +76,7 @@ if __name__ == "__main__":
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
         reprojection = reprojection_loss(logits, batch, config.grid, args.class_weights, args.max_range)
-        temporal = temporal_loss(logits, before, batch, config.grid)
+        temporal = temporal_loss(logits, before, batch, config.grid) if config.history else 0 * reprojection
         return reprojection + args.temporal * temporal, {"reprojection": reprojection, "temporal": temporal}
 
     fit(model, frames, loss_fn, args, Path(args.out) / f"{args.name}.pt")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, fit, load_checkpoint, run_sequence, segmentation_loss
+from model import PRESETS, BEVSegmenter, check_device, fit, load_checkpoint, run_sequence, segmentation_loss
 from reproject import Frames, read_splits
 
 
@@ -25,7 +25,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
-    parser.add_argument("--init", default="out/pretrain.pt", help="checkpoint of 03_pretrain.py, or scratch")
+    parser.add_argument("--init", help="checkpoint of 03_pretrain.py, or scratch; by default <out>/pretrain.pt")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
@@ -49,15 +49,19 @@ def choose_scenes(scenes, share):
 
 if __name__ == "__main__":
     args = parse_args()
+    check_device(args.device)
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
     frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
+    args.init = args.init or f"{args.out}/pretrain.pt"
+    args.init_digest = None  # compared when a run goes on: the name may stay while the weights behind it change
     if args.init == "scratch":
         model = BEVSegmenter(config)
         model.load_backbone_weights()
     else:
         checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
+        args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
         if checkpoint["step"] < checkpoint["args"]["steps"]:
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again, it goes on from there")

@@ -13,6 +13,7 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
     python 05_eval.py --checkpoint out/pretrain.pt --split val
 """
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import NUM_CLASSES, PRESETS, count_overlap, iou, load_checkpoint, step
-from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render, save_json
+from model import NUM_CLASSES, PRESETS, check_device, count_overlap, iou, load_checkpoint, step
+from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render, save_json, whole_file
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -35,7 +36,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
-    parser.add_argument("--checkpoint", default="out/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
+    parser.add_argument("--checkpoint", help="a checkpoint of 03 or 04, or ipm; by default <out>/finetune.pt")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
@@ -73,7 +74,7 @@ def predict(frames, model, config, device):
 
 def conditions_of(description):
     """nuScenes states night and rain in the scene's description; what states neither is day."""
-    found = [word for word in CONDITIONS[1:] if word in description.lower()]
+    found = [word for word in CONDITIONS[1:] if re.search(rf"\b{word}\b", description.lower())]
     return found or ["day"]
 
 
@@ -92,7 +93,8 @@ def evaluate(frames, model, config, device, pictures, folder):
         for key, ring in rings.items():
             overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
         if index in drawn:
-            contact_sheet(frame, logits, config.grid).save(folder / f"sample_{drawn[index]}.png")
+            with whole_file(folder / f"sample_{drawn[index]}.png") as file:
+                contact_sheet(frame, logits, config.grid).save(file, "PNG")
     return overlap
 
 
@@ -163,6 +165,8 @@ def print_table(title, overlap):
 
 if __name__ == "__main__":
     args = parse_args()
+    check_device(args.device)
+    args.checkpoint = args.checkpoint or f"{args.out}/finetune.pt"
     if args.checkpoint == "ipm":
         model, config = None, PRESETS[args.preset]
     else:
@@ -174,7 +178,8 @@ if __name__ == "__main__":
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
     frames = Frames(args.out, scenes, config, bev_gt=True)
     folder = Path(args.out) / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("sample_*.png"):  # of another checkpoint: they would lie beside this one's numbers
+        old.unlink()
     with torch.no_grad():
         overlap = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)), folder)
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}

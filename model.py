@@ -61,7 +61,14 @@ class Config:
 
     @property
     def grid(self):
+        """The fine grid: of the ground truth and of the predictions."""
         return Grid(self.x_range, self.y_range, self.cell)
+
+    @property
+    def padded_size(self):
+        """image_size rounded up to the coarsest stride: only then do the features cover exactly the (padded) image."""
+        stride = 2 ** (max(self.stages) + 1)
+        return tuple(-(-n // stride) * stride for n in self.image_size)
 
 
 PRESETS = {
@@ -145,12 +152,12 @@ class TemporalSelfAttention(nn.Module):
         bevs = self.value(torch.stack((previous, current), 1))  # (B, 2, Q, C)
         bevs = bevs.view(2 * B, H, W, self.M, C // self.M).permute(0, 3, 4, 1, 2)  # (2B, M, D, H, W)
         guide = torch.cat((previous, query + position), -1)  # (B, Q, 2C)
-        offsets = self.offsets(guide).view(B, Q, self.M, 2, self.P, 2).permute(0, 3, 1, 2, 4, 5).to(reference)
-        weights = self.weights(guide).view(B, Q, self.M, 2, self.P).permute(0, 3, 1, 2, 4).to(reference).softmax(-1)
-        locations = reference[:, :, :, None, None] + offsets / offsets.new_tensor((W, H))  # (B, 2, Q, M, P, 2)
+        offsets = self.offsets(guide).view(B, Q, self.M, 2, self.P, 2).permute(0, 3, 1, 2, 4, 5)  # (B, 2, Q, M, P, 2)
+        weights = self.weights(guide).view(B, Q, self.M, 2, self.P).permute(0, 3, 1, 2, 4)  # (B, 2, Q, M, P)
+        locations = reference[:, :, :, None, None] + offsets.to(reference) / reference.new_tensor((W, H))
         # Both BEVs are read as if they were samples of a batch of 2B.
         locations = locations.reshape(2 * B * Q, self.M, 1, self.P, 2)
-        weights = weights.reshape(2 * B * Q, self.M, 1, self.P)
+        weights = weights.to(reference).softmax(-1).reshape(2 * B * Q, self.M, 1, self.P)
         source = torch.arange(2 * B, device=query.device).repeat_interleave(Q)
         mixed = deformable_attention([bevs], locations, weights, source)  # (2BQ, C)
         return query + self.output(mixed.view(B, 2, Q, C).mean(1))  # (B, Q, C)
@@ -179,12 +186,12 @@ class SpatialCrossAttention(nn.Module):
         flat = query.flatten(0, 1)  # (B*Q, C)
         sizes = torch.tensor([(f.shape[2], f.shape[1]) for f in features], device=query.device)  # (L, 2) as (w, h)
         offsets = self.offsets(flat).view(B * Q, M, L, P // Z, Z, 2).to(anchors) / sizes.view(L, 1, 1, 2)
-        weights = self.weights(flat).view(B * Q, M, L * P).to(anchors).softmax(-1)
+        weights = self.weights(flat).view(B * Q, M, L * P).to(anchors).softmax(-1)  # over all levels and points
         locations = anchors.view(R, 1, 1, 1, Z, 2) + offsets[cell]  # (R, M, L, P/Z, Z, 2)
         seen = deformable_attention(values, locations.flatten(3, 4), weights[cell].view(R, M, L, P), camera)  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
         total = torch.zeros_like(flat, dtype=seen.dtype).index_add(0, cell, seen)  # (B*Q, C)
-        count = torch.bincount(cell, minlength=B * Q).clamp(min=1).unsqueeze(-1)
+        count = torch.bincount(cell, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
         return query + self.output((total / count).view(B, Q, C))  # (B, Q, C)
 
 
@@ -200,7 +207,7 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
     def forward(self, query, position, previous, current, reference, shape, features, hits):
-        """All (B, Q, C); see the two attentions. -> (B, Q, C)"""
+        """query, position, previous, current (B, Q, C); the rest as in the two attentions. -> (B, Q, C)"""
         query = self.norms[0](self.temporal(query, position, previous, current, reference, shape))
         query = self.norms[1](self.spatial(query, features, hits))
         return self.norms[2](query + self.ffn(query))
@@ -241,7 +248,7 @@ class Encoder(nn.Module):
         translation in `previous`: (x, y) in fractions of the grid. Returns the BEV features (B, Q, C)."""
         c, B = self.config, len(first)
         H, W = c.bev_shape
-        hits = find_hits(K, ego_T_cam, c.image_size, c.grid, c.bev_shape, c.heights)
+        hits = find_hits(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
         reference = (c.grid.normalise(c.grid.centres(K, c.bev_shape)) + 1) / 2  # (H, W, 2) as (x, y) in [0, 1]
         reference = reference.view(H * W, 2).expand(B, 2, -1, -1)  # (B, 2, Q, 2)
         if shift is not None:
@@ -296,7 +303,7 @@ class BEVSegmenter(nn.Module):
         try:
             weights = torchvision.models.get_model_weights(self.config.backbone)[self.config.weights]
             state = weights.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; a download that was cut short
             sys.exit(f"error: cannot fetch {self.config.backbone} {self.config.weights} ({error}): connect once, "
                      "or set weights=None in the preset (model.py)")
         have = self.backbone.state_dict().keys()
@@ -307,7 +314,9 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
         Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        image = ((image.flatten(0, 1) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        image = (image.flatten(0, 1) - self.mean) / self.std  # (B*N, 3, h, w)
+        (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
+        image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
         features = self.fpn(self.backbone(image)).values()  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
         features = [(f.unflatten(0, (B, N)) + self.camera[:N, :, None, None] + level[:, None, None])
                     .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h/8, w/8, C)
@@ -324,7 +333,8 @@ class BEVSegmenter(nn.Module):
 def run_sequence(model, batch):
     """A batch of Frames sequences: the history without gradients, then the current frame (BEVFormer section 3.4).
 
-    Returns logits (B, classes, H, W) of the current frame and of the one before (None if the sequences have none).
+    Returns logits (B, classes, H, W) of the current frame and of the one before, each in its own ego frame, the latter
+    without gradient (None if the sequences have no history).
     """
     T = batch["image"].shape[1]
     bev = logits = before = None
@@ -351,8 +361,9 @@ def segmentation_loss(logits, target, class_weights):
     logits (B, classes, ...), target (B, ...) uint8, class_weights (classes,). The mean is over valid pixels, not over
     weights, so that a picture without paint does not count as much as one full of it.
     """
+    logits = logits.float()
     weight = logits.new_tensor(class_weights)
-    total = F.cross_entropy(logits.float(), target.long(), weight, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, target.long(), weight, ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
@@ -408,9 +419,12 @@ def keep_freed_memory():
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""
     checkpoint = load_pt(path, remedy)
-    if not {"model", "config", "args"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"model", "config", "args"} <= checkpoint.keys():
         sys.exit(f"error: {path} is no checkpoint of 03_pretrain.py or 04_finetune.py: {remedy}")
-    found = Config(**{key: tuple(v) if isinstance(v, (list, tuple)) else v for key, v in checkpoint["config"].items()})
+    try:
+        found = Config(**checkpoint["config"])
+    except TypeError as error:
+        sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
     if config is not None and found != config:
         mine, theirs = asdict(config), asdict(found)
         differs = ", ".join(f"{k} {theirs[k]} (expected {mine[k]})" for k in mine if mine[k] != theirs[k])
@@ -424,28 +438,33 @@ def load_checkpoint(path, remedy, config=None):
 
 
 def fit(model, data, loss_fn, args, path, minutes=1.0):
-    """Train until args.steps, saving to `path` every few minutes and at the end; go on where `path` stopped.
+    """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
 
     loss_fn(batch) -> (loss, {name: float tensor} for the progress bar). args holds steps, batch_size, lr, seed, device
     and workers.
     """
+    if not len(data):
+        sys.exit(f"error: {args.out}/splits.json has no train scene: run 01 and 02 on a data set that has some")
+    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
+        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
     keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     start = resume(model, optimizer, args, path)
     batches = batch_indices(len(data), args.batch_size, args.seed, start, args.steps)
     loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers)
-    bar = tqdm(loader, initial=start, total=args.steps, desc=Path(path).stem, unit="step")
+    bar = tqdm(watched(loader), initial=start, total=args.steps, desc=Path(path).stem, unit="step")
     model.train()
     saved, began = time.time(), time.time()
     for i, batch in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.steps, args.lr)
         loss, parts = loss_fn({k: v.to(args.device, non_blocking=True) for k, v in batch.items()})
-        if not loss.isfinite():
-            sys.exit(f"error: loss is {loss.item()} at step {i}; {path} holds the last good step: try a smaller --lr")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            sys.exit(f"error: step {i} has loss {loss.item()}, gradient {norm.item()}: use a smaller --lr and another "
+                     f"--name ({path} holds the last good weights, if it was saved before)")
         optimizer.step()
         if i % 10 == 0:
             bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()})
@@ -456,6 +475,24 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     print(f"{path}: {args.steps} steps, the last {args.steps - start} in {time.time() - began:.0f} s")
 
 
+def watched(loader):
+    """The loader's batches. A worker that stopped has already said why, in one line of its own."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a worker that decodes images stopped (see above, or too little memory: use fewer --workers)")
+
+
+def check_device(name):
+    """Stop with one line where PyTorch cannot use the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        sys.exit(f"error: --device {name}: PyTorch finds no such device here: use --device cpu")
+
+
 def resume(model, optimizer, args, path):
     """Load a half-done run and return its step, or 0. Stops where `path` was trained with other settings."""
     if not Path(path).exists():
@@ -463,9 +500,8 @@ def resume(model, optimizer, args, path):
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
     for key, value in vars(args).items():
-        if key not in ("device", "workers") and checkpoint["args"].get(key) != value:
-            sys.exit(f"error: {path} was trained with --{key.replace('_', '-')} {checkpoint['args'].get(key)}, "
-                     f"not {value}: {remedy}")
+        if key not in ("device", "workers", "out", "name", "init") and checkpoint["args"].get(key) != value:
+            sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")
         sys.exit(0)

@@ -32,6 +32,7 @@ from PIL import Image
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
 IGNORE = 255
+FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 
@@ -61,6 +62,10 @@ class Grid:
         x = torch.linspace(self.x_range[1], self.x_range[0], 2 * H + 1, dtype=torch.float64)[1::2]
         y = torch.linspace(self.y_range[1], self.y_range[0], 2 * W + 1, dtype=torch.float64)[1::2]
         return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1).to(like)  # (H, W, 2)
+
+    def cells(self, xy):
+        """Ego (x, y) in metres, array (..., 2) -> (row, column) in cells; (0, 0) is the grid's far left corner."""
+        return ((self.x_range[1], self.y_range[1]) - xy) / self.cell
 
     def normalise(self, xy):
         """Ego (x, y) in metres (..., 2) -> grid_sample coordinates (..., 2): (column, row), inside is [-1, 1]."""
@@ -118,10 +123,10 @@ def pixels_to_ground(K, ego_T_cam, image_size):
     K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., :3, 3]
     img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
     rays_ego = (img_to_ego[..., None, None, :, :] * pixels[..., None, :]).sum(-1)  # (..., h, w, 3)
-    t = t[..., None, None, :]
+    t = t[..., None, None, :]  # (..., 1, 1, 3)
     downward = rays_ego[..., 2] < 0
-    scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)
-    step = scale[..., None] * rays_ego[..., :2]  # from the camera's foot to the ground point
+    scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)  # (..., h, w)
+    step = scale[..., None] * rays_ego[..., :2]  # (..., h, w, 2), from the camera's foot to the ground point
     distance = torch.where(downward & (scale > 0), step.norm(dim=-1), torch.inf)
     return t[..., :2] + step, distance
 
@@ -142,8 +147,7 @@ def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
         where = grid.normalise(xy_ego)
         valid = (distance <= max_range) & (distance < torch.inf) & (where.abs() <= 1).all(-1)
         where = where.nan_to_num().clamp(-2, 2).view(B, N * h, w, 2)
-        if bev_logits.dtype != where.dtype:
-            bev_logits = bev_logits.to(where.dtype)
+        bev_logits = bev_logits.to(where.dtype)
         # Border padding only matters in the outermost half cell; zeros would mix "no evidence" into it.
         image = F.grid_sample(bev_logits, where, padding_mode="border", align_corners=False)  # (B, C, N*h, w)
     return image.view(B, C, N, h, w).transpose(1, 2), valid  # (B, N, C, h, w)
@@ -187,8 +191,8 @@ def warp(bev, prev_T_cur, grid):
     with torch.autocast(bev.device.type, enabled=False):
         pts_cur = F.pad(grid.centres(prev_T_cur, bev.shape[-2:]), (0, 1))  # (H, W, 3)
         xy_prev = transform(prev_T_cur[:, None, None], pts_cur)[..., :2]  # (B, H, W, 2)
-        where = grid.normalise(xy_prev).to(bev.dtype)
-        return F.grid_sample(bev, where, align_corners=False), (where.abs() <= 1).all(-1)
+        where = grid.normalise(xy_prev)  # (B, H, W, 2)
+        return F.grid_sample(bev.to(where.dtype), where, align_corners=False), (where.abs() <= 1).all(-1)
 
 
 # ---------------------------------------------------------------- nuScenes tables (stages 01 and 02)
@@ -262,6 +266,8 @@ def read_json(path, remedy):
     """The content of a JSON file, or stop with one line that ends in the remedy."""
     try:
         return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        sys.exit(f"error: {path} is missing: {remedy}")
     except OSError as error:
         sys.exit(f"error: {path} cannot be read ({error.strerror}): {remedy}")
     except ValueError:
@@ -338,14 +344,17 @@ def check_meta(path, meta, config, keys, remedy):
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {expected[key]}: {remedy}")
 
 
-def is_finished(path, meta, tokens, remedy):
-    """Whether `path` holds what this run would write; stop with one line if it was made some other way."""
+def is_finished(path, meta, keys, tokens, remedy):
+    """Whether `path` holds what this run would write; stop with one line if it was made some other way.
+
+    keys: what of the meta the artifact depends on, beside format, classes and source. tokens: of its key frames.
+    """
     if not Path(path).exists():
         return False
     found = load_pt(path, "run again")
     expected = {**meta, **meta["source"], "key frames": tokens}
     found = {**found["meta"], **found["meta"]["source"], "key frames": found["token"]}
-    for key in expected.keys() - {"source"}:
+    for key in ("format", "classes", *keys, *meta["source"], "key frames"):
         if found.get(key) != expected[key]:
             change = "" if key == "key frames" else f" {found.get(key)}, now {expected[key]}"
             sys.exit(f"error: {path} was made with other {key}{change}: {remedy}")
@@ -367,12 +376,11 @@ class Frames(torch.utils.data.Dataset):
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
             frames = load_pt(path, "run 01_pseudolabel.py")
-            check_meta(path, frames["meta"], config, ("image_size",), "run 01_pseudolabel.py with this --preset")
+            check_meta(path, frames["meta"], config, FRAMES_META, "run 01_pseudolabel.py with this --preset")
             if bev_gt:
                 path = Path(out) / "bev_gt" / f"{scene}.pt"
                 truth = load_pt(path, "run 02_bev_gt.py")
-                check_meta(path, truth["meta"], config, ("x_range", "y_range", "cell", "line_width"),
-                           "run 02_bev_gt.py with this --preset")
+                check_meta(path, truth["meta"], config, GRID_META, "run 02_bev_gt.py with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: run 02_bev_gt.py again")
                 frames["bev"] = truth["bev"]

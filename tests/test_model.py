@@ -140,6 +140,21 @@ def test_queries_see_only_what_their_cameras_see():
     assert change[10:].max() < 1e-5
 
 
+def test_features_cover_the_padded_image():
+    """450 rows at stride 32 are 14.06 feature rows: padded to 480, they are 15, and projections stay in place."""
+    tiny = PRESETS["tiny"]
+    assert tiny.padded_size == (480, 800) and PRESETS["small"].padded_size == (736, 1280)
+    assert PRESETS["toy"].padded_size == PRESETS["toy"].image_size
+    odd = random_model(Config(**{**SMALL.__dict__, "image_size": (70, 120)}))
+    image, K, ego_T_cam = frame(1, odd.config)
+    assert odd.config.padded_size == (80, 128)
+    padded = random_model(Config(**{**SMALL.__dict__, "image_size": (80, 128)}))
+    mean = odd.mean.round().byte()[None, None].expand(1, 6, 3, 80, 128).clone()  # what padding with zeros looks like
+    mean[..., :70, :120] = image
+    with torch.no_grad():
+        torch.testing.assert_close(odd(image, K, ego_T_cam)[0], padded(mean, K, ego_T_cam)[0], atol=0.02, rtol=0)
+
+
 def test_history_carries_no_gradient_and_is_used():
     model = random_model(SMALL).train()
     image, K, ego_T_cam = (t[:, None].expand(-1, 2, *t.shape[1:]).clone() for t in frame(1, SMALL))
@@ -237,6 +252,12 @@ class Pictures(torch.utils.data.Dataset):
                 "world_T_ego": pose(0, 0, 0)[None]}
 
 
+def test_an_empty_split_is_named(tmp_path):
+    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0, out="out")
+    with pytest.raises(SystemExit, match="no train scene"):
+        fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
+
+
 def train(path, steps, stop_at=None):
     """fit() on Pictures; stop_at kills it after that many steps, each of which was saved."""
     args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0)
@@ -266,7 +287,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:  # finished: says so, does nothing, exit code 0
         train(tmp_path / "whole.pt", 6)
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="was trained with --steps 6, not 8"):
+    with pytest.raises(SystemExit, match="was trained with steps 6, not 8"):
         train(tmp_path / "whole.pt", 8)
 
 

@@ -74,6 +74,7 @@ def test_finished_stages_do_nothing(world):
     for script, args in (("01_pseudolabel.py", ["--segmenter", ROOT / "tests/toy_segmenter"]), ("02_bev_gt.py", []),
                          ("03_pretrain.py", ["--steps", 3]), ("04_finetune.py", ["--steps", 3])):
         assert "nothing to do" in run(script, *args, cwd=world)
+    assert "nothing to do" in run("03_pretrain.py", "--steps", 3, "--out", world / "out", cwd=world)  # the same folder
     assert stamps == {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
 
 
@@ -107,6 +108,19 @@ def test_a_missing_scene_is_named(world):
     shutil.move(path, world / "kept.pt")
     assert f"{scene}.pt is missing: run 02_bev_gt.py" in run("05_eval.py", cwd=world, ok=False)
     shutil.move(world / "kept.pt", path)
+
+
+def test_a_damaged_picture_is_named_by_a_worker_too(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    scene = json.loads((tmp_path / "out/splits.json").read_text())["train"][0]
+    frames = torch.load(tmp_path / f"out/frames/{scene}.pt", weights_only=True)
+    frames["image"][1][2] = frames["image"][1][2][:500]
+    save_pt(frames, tmp_path / f"out/frames/{scene}.pt")
+    for workers in (0, 1):
+        command = [sys.executable, ROOT / "03_pretrain.py", "--steps", "3", "--name", "b", "--workers", str(workers)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"frames/{scene}.pt: image of frame 1 is damaged" in result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("0*.py")))

@@ -1,9 +1,11 @@
 """The embedded world: the devkit loads it, the map lies on the paint, and it is the same world each time."""
+import importlib
 import json
 
 import cv2
 import numpy as np
 import pytest
+import torch
 import toyworld
 from nuscenes import NuScenes
 from nuscenes.map_expansion.map_api import NuScenesMap
@@ -12,6 +14,9 @@ from nuscenes.utils.splits import train, val
 from pyquaternion import Quaternion
 from shapely.geometry import LineString
 from shapely.ops import unary_union
+
+from model import PRESETS
+from reproject import CAMERAS, render
 
 SIZE = {"seed": 3, "train_scenes": 1, "val_scenes": 1, "frames": 3}
 GROUND = (toyworld.ROAD, toyworld.MARKING, toyworld.CROSSWALK, toyworld.CURB, toyworld.SIDEWALK, toyworld.TERRAIN)
@@ -199,6 +204,40 @@ def test_truth_belongs_to_the_image_on_disk(world):
         image, labels = toyworld.render_frame(renderers[scene["name"]], frame, camera)
         assert np.abs(on_disk.astype(float) - image).mean() < 5
         assert (labels == toyworld.EGO).any() == (camera == "CAM_BACK")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project's ground truth and reprojection against the devkit's projection of the same map
+
+
+def rendered_hits(world, spoil):
+    """Share of the devkit-projected divider points at which the rendered BEV ground truth shows a line."""
+    root, nusc, _, _ = world
+    stage1, stage2 = (importlib.import_module(name) for name in ("01_pseudolabel", "02_bev_gt"))
+    grid, shots, hits, total = PRESETS["toy"].grid, projected(world, "dashed", undo_offset=False), 0, 0
+    for scene in nusc.scene:
+        frames, _ = stage1.read_scene(nusc, scene, (288, 512))
+        road_map = stage2.read_map(root / f"maps/expansion/{frames['location']}.json")
+        for t in range(len(frames["token"])):
+            bev = torch.from_numpy(stage2.rasterise(road_map, frames["world_T_ego"][t], grid, 0.75)).long()
+            one_hot = torch.nn.functional.one_hot(spoil(bev), 4).permute(2, 0, 1)[None].float()
+            image, valid = render(one_hot, frames["K"][t][None], frames["ego_T_cam"][t][None], (288, 512), grid)
+            seen = dict(zip(CAMERAS, (image[0].argmax(1) * valid[0]).numpy()))
+            for camera in toyworld.CAMERAS:  # in the order of `projected`
+                _, pixels, _ = next(shots)
+                column, row = pixels.astype(int).T
+                hits += np.isin(seen[camera][row, column], (1, 3)).sum()
+                total += len(pixels)
+    assert total > 300
+    return hits / total
+
+
+def test_render_agrees_with_the_devkit(world):
+    """The devkit projects the map's lines point by point, ours rasterises, then renders: points lie on lines."""
+    assert rendered_hits(world, lambda bev: bev) > 0.98
+    assert rendered_hits(world, lambda bev: bev.flip(1)) < 0.6  # left and right swapped
+    assert rendered_hits(world, lambda bev: bev.flip(0)) < 0.9  # ahead and behind: straight roads stay where they were
+    assert rendered_hits(world, lambda bev: bev.roll(4, 1)) < 0.3  # 1.2 m to the right
 
 
 # ---------------------------------------------------------------------------------------------------------------------
