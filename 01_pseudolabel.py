@@ -53,6 +53,7 @@ LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the networ
 
 
 def parse_args():
+    """The flags of this stage."""
     parser = argparse.ArgumentParser(description="Stage 01: a Mask2Former labels every camera image.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")

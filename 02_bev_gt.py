@@ -37,6 +37,7 @@ SEAM = 0.02  # m; lanes that should abut may be drawn apart by up to twice this 
 
 
 def parse_args():
+    """The flags of this stage."""
     parser = argparse.ArgumentParser(description="Stage 02: rasterise the map into BEV ground truth.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")

@@ -20,6 +20,7 @@ from reproject import IGNORE, Frames, cells_in_cameras, read_splits, relative_po
 
 
 def parse_args():
+    """The flags of this stage."""
     parser = argparse.ArgumentParser(description="Pretrain by reprojection: no BEV label is read.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")

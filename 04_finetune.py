@@ -21,6 +21,7 @@ from reproject import Frames, read_splits
 
 
 def parse_args():
+    """The flags of this stage."""
     parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train from scratch.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")

@@ -33,6 +33,7 @@ VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM
 
 
 def parse_args():
+    """The flags of this stage."""
     parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")

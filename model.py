@@ -14,7 +14,7 @@ import ctypes
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,16 +71,13 @@ class Config:
         return tuple(-(-n // stride) * stride for n in self.image_size)
 
 
+TINY = Config(image_size=(450, 800), backbone="resnet50", stages=(4,), weights="IMAGENET1K_V2", bev_shape=(50, 50),
+              channels=256, layers=3, heads=8, ffn=512, heights=(-0.5, 0.0, 0.5, 1.0), history=2)
 PRESETS = {
     "toy": Config(),
-    "tiny": Config(image_size=(450, 800), backbone="resnet50", stages=(4,), weights="IMAGENET1K_V2", bev_shape=(50, 50),
-                   channels=256, layers=3, heads=8, ffn=512, heights=(-0.5, 0.0, 0.5, 1.0), history=2),
-    "small": Config(image_size=(720, 1280), backbone="resnet50", stages=(4,), weights="IMAGENET1K_V2",
-                    bev_shape=(150, 150), channels=256, layers=3, heads=8, ffn=512, heights=(-0.5, 0.0, 0.5, 1.0),
-                    history=2),
-    "paper": Config(image_size=(450, 800), cell=0.15, backbone="resnet50", stages=(2, 3, 4), weights="IMAGENET1K_V2",
-                    bev_shape=(200, 100), channels=256, layers=6, heads=8, ffn=512, heights=(-0.5, 0.0, 0.5, 1.0),
-                    history=3),
+    "tiny": TINY,
+    "small": replace(TINY, image_size=(720, 1280), bev_shape=(150, 150)),
+    "paper": replace(TINY, cell=0.15, stages=(2, 3, 4), bev_shape=(200, 100), layers=6, history=3),
 }
 
 

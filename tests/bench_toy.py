@@ -17,6 +17,7 @@ ROWS = ("ipm", "pretrain", "finetune_50", "scratch_50", "scratch_100")
 
 
 def parse_args():
+    """The flags."""
     parser = argparse.ArgumentParser(description="IoU table of ipm, pretraining, fine-tuning and the baselines.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder with frames and bev_gt of the embedded world")

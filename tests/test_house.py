@@ -46,7 +46,7 @@ def test_functions_are_short_and_lines_fit(path):
 def test_public_names_have_docstrings_and_imports_are_the_allowed(path):
     tree = ast.parse(path.read_text())
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "parse_args":
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             assert ast.get_docstring(node), node.name
     names = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -1436,6 +1436,7 @@ def train_segmenter(folder=SEGMENTER_FOLDER, seed=0, steps=2000, batch=4):
 
 
 def parse_args():
+    """The flags."""
     parser = argparse.ArgumentParser(description="Writes the embedded world, or trains its segmenter.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write the data set to")
