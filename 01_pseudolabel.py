@@ -233,6 +233,8 @@ if __name__ == "__main__":
     args = parse_args()
     if min(args.batch_size, args.workers, *args.segmenter_size) < 1:
         sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1")
+    if not 0 <= args.min_confidence <= 1:
+        sys.exit(f"error: --min-confidence {args.min_confidence} is no probability: give a number from 0 to 1")
     check_device(args.device)
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
@@ -242,7 +244,8 @@ if __name__ == "__main__":
     membership = group_labels(names).to(args.device)
     model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
     meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
-                              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence})
+                              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
+                              "groups": hashlib.sha256(repr((GROUPS, LINE_GAIN)).encode()).hexdigest()[:12]})
 
     # What there is to do: every scene, but those whose file is there already.
     todo = [scene for scene in nusc.scene

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, check_device, fit, run_sequence, segmentation_loss
+from model import PRESETS, BEVSegmenter, check_device, fit, positive, run_sequence, segmentation_loss
 from reproject import IGNORE, Frames, cells_in_cameras, read_splits, relative_pose, render, warp
 
 
@@ -27,13 +27,14 @@ def parse_args():
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=float, nargs=4, default=[1.0, 5.0, 2.0, 5.0], metavar="W",
+    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 5.0, 2.0, 5.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--temporal", type=float, default=0.5, help="weight of the temporal loss")
-    parser.add_argument("--max-range", type=float, default=25.0, help="m from the camera; farther pixels are ignored")
+    parser.add_argument("--max-range", type=positive, default=25.0,
+                        help="m; pixels that look at ground farther from their camera do not count")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
@@ -71,8 +72,11 @@ if __name__ == "__main__":
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
     model = BEVSegmenter(config)
-    model.load_backbone_weights()
+    path = Path(args.out) / f"{args.name}.pt"
+    if not path.exists():
+        model.load_backbone_weights()
     model.to(args.device)
+    args.data = frames.digest
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
@@ -80,4 +84,4 @@ if __name__ == "__main__":
         temporal = temporal_loss(logits, before, batch, config.grid) if config.history else 0 * reprojection
         return reprojection + args.temporal * temporal, {"reprojection": reprojection, "temporal": temporal}
 
-    fit(model, frames, loss_fn, args, Path(args.out) / f"{args.name}.pt")
+    fit(model, frames, loss_fn, args, path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, check_device, fit, load_checkpoint, run_sequence, segmentation_loss
+from model import PRESETS, BEVSegmenter, check_device, fit, load_checkpoint, positive, run_sequence, segmentation_loss
 from reproject import Frames, read_splits
 
 
@@ -26,14 +26,14 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
-    parser.add_argument("--init", help="checkpoint of 03_pretrain.py, or scratch; by default <out>/pretrain.pt")
+    parser.add_argument("--init", default="{out}/pretrain.pt", help="checkpoint of 03_pretrain.py, or scratch")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=float, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
+    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -55,17 +55,19 @@ if __name__ == "__main__":
     config = PRESETS[args.preset]
     scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
     frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
-    args.init = args.init or f"{args.out}/pretrain.pt"
-    args.init_digest = None  # compared when a run goes on: the name may stay while the weights behind it change
+    path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
+    # Compared when a run goes on: names may stay while the labels or the weights behind them change.
+    args.data, args.init_digest = frames.digest, None
     if args.init == "scratch":
         model = BEVSegmenter(config)
-        model.load_backbone_weights()
+        if not path.exists():
+            model.load_backbone_weights()
     else:
         checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
         args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
         if checkpoint["step"] < checkpoint["args"]["steps"]:
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
-                     "run 03_pretrain.py again, it goes on from there")
+                     "run 03_pretrain.py again with the same flags, it goes on from there")
     model.to(args.device)
 
     def loss_fn(batch):
@@ -73,5 +75,5 @@ if __name__ == "__main__":
         loss = segmentation_loss(logits, batch["bev"], args.class_weights)
         return loss, {"loss": loss}
 
-    print(f"{len(scenes)} labelled scenes, {len(frames)} key frames, init {args.init}")
-    fit(model, frames, loss_fn, args, Path(args.out) / f"{args.name}.pt")
+    print(f"labelled scenes: {len(scenes)}, key frames: {len(frames)}, init: {args.init}")
+    fit(model, frames, loss_fn, args, path)

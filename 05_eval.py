@@ -37,7 +37,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
-    parser.add_argument("--checkpoint", help="a checkpoint of 03 or 04, or ipm; by default <out>/finetune.pt")
+    parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
@@ -79,12 +79,15 @@ def conditions_of(description):
     return found or ["day"]
 
 
-def evaluate(frames, model, config, device, pictures, folder):
-    """Score every key frame and draw some. Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}."""
+def evaluate(frames, model, config, device, pictures):
+    """Score every key frame and draw some.
+
+    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)} and the contact sheets.
+    """
     distance = config.grid.centres(torch.empty(0, device=device)).norm(dim=-1)  # (H, W) m
     rings = {f"{near}-{far}": (distance >= near) & (distance < far) for near, far in RANGES}
     overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in ("all", *rings, *CONDITIONS)}
-    drawn = {round((k + 0.5) * len(frames) / pictures - 0.5): k for k in range(pictures)}
+    drawn, sheets = {round((k + 0.5) * len(frames) / pictures - 0.5) for k in range(pictures)}, []
     progress = tqdm(predict(frames, model, config, device), total=len(frames), desc="eval", unit="frame")
     for index, frame, logits in progress:
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
@@ -94,9 +97,8 @@ def evaluate(frames, model, config, device, pictures, folder):
         for key, ring in rings.items():
             overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
         if index in drawn:
-            with whole_file(folder / f"sample_{drawn[index]}.png") as file:
-                contact_sheet(frame, logits, config.grid).save(file, "PNG")
-    return overlap
+            sheets.append(contact_sheet(frame, logits, config.grid))
+    return overlap, sheets
 
 
 def paint(classes, background):
@@ -167,26 +169,33 @@ def print_table(title, overlap):
 if __name__ == "__main__":
     args = parse_args()
     check_device(args.device)
-    args.checkpoint = args.checkpoint or f"{args.out}/finetune.pt"
+    args.checkpoint = title = args.checkpoint.replace("{out}", args.out)
+    if args.pictures < 0:
+        sys.exit(f"error: --pictures {args.pictures}: give 0 or more")
     if args.checkpoint == "ipm":
         model, config = None, PRESETS[args.preset]
     else:
-        _, model = load_checkpoint(args.checkpoint, "run 03_pretrain.py or 04_finetune.py")
+        checkpoint, model = load_checkpoint(args.checkpoint, "give one of 03_pretrain.py or 04_finetune.py")
+        title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
         config = model.config
         model.to(args.device).eval()
     scenes = read_splits(args.out)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
     frames = Frames(args.out, scenes, config, bev_gt=True)
-    folder = Path(args.out) / "eval"
-    for old in folder.glob("sample_*.png"):  # of another checkpoint: they would lie beside this one's numbers
-        old.unlink()
     with torch.no_grad():
-        overlap = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)), folder)
+        overlap, sheets = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)))
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS}}
+    # Everything of one checkpoint or nothing: older pictures go before the new numbers come.
+    folder = Path(args.out) / "eval"
+    for old in folder.glob("sample_*.png"):
+        old.unlink()
     save_json(metrics, folder / "metrics.json")
-    print(f"{folder}/metrics.json and {min(args.pictures, len(frames))} pictures written")
-    print_table(f"{args.checkpoint} on {args.split}: {len(frames)} key frames of {len(scenes)} scenes", overlap)
+    for k, sheet in enumerate(sheets):
+        with whole_file(folder / f"sample_{k}.png") as file:
+            sheet.save(file, "PNG")
+    print(f"{folder}/metrics.json and {len(sheets)} pictures written")
+    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)

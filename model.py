@@ -482,6 +482,13 @@ def watched(loader):
         sys.exit("error: a worker that decodes images stopped (see above, or too little memory: use fewer --workers)")
 
 
+def positive(text):
+    """The argparse type of a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def check_device(name):
     """Stop with one line where PyTorch cannot use the device."""
     try:

@@ -16,6 +16,7 @@ and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inver
 BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
 """
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -278,16 +279,19 @@ def read_json(path, remedy):
 def whole_file(path):
     """Open a file to be written whole or not at all: a temporary name, flushed to disk, then renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written ({error.strerror}): make room or choose another --out")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_pt(content, path):
@@ -309,7 +313,15 @@ def load_pt(path, remedy):
     except FileNotFoundError:
         sys.exit(f"error: {path} is missing: {remedy}")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError):
-        sys.exit(f"error: {path} is damaged or no .pt file of this project: delete it, then {remedy}")
+        sys.exit(f"error: {path} is damaged or no .pt file of this project: {remedy}")
+
+
+def load_artifact(path, remedy):
+    """Read a file of frames/ or bev_gt/."""
+    content = load_pt(path, remedy)
+    if not isinstance(content, dict) or not {"meta", "token"} <= content.keys():
+        sys.exit(f"error: {path} is no file of stage 01 or 02: {remedy}")
+    return content
 
 
 def encode(image, kind):
@@ -326,7 +338,11 @@ def decode(data):
 
 def read_splits(out):
     """{"train": [scene names], "val": [scene names]} as 02_bev_gt.py wrote them."""
-    return read_json(Path(out) / "splits.json", "run 02_bev_gt.py")
+    path = Path(out) / "splits.json"
+    splits = read_json(path, "run 02_bev_gt.py")
+    if not isinstance(splits, dict) or not {"train", "val"} <= splits.keys():
+        sys.exit(f"error: {path} is damaged: run 02_bev_gt.py")
+    return splits
 
 
 def make_meta(config, source):
@@ -351,7 +367,7 @@ def is_finished(path, meta, keys, tokens, remedy):
     """
     if not Path(path).exists():
         return False
-    found = load_pt(path, "run again")
+    found = load_artifact(path, "delete it and run again")
     expected = {**meta, **meta["source"], "key frames": tokens}
     found = {**found["meta"], **found["meta"]["source"], "key frames": found["token"]}
     for key in ("format", "classes", *keys, *meta["source"], "key frames"):
@@ -372,20 +388,24 @@ class Frames(torch.utils.data.Dataset):
     """
 
     def __init__(self, out, scenes, config, history=0, bev_gt=False):
-        self.history, self.scenes, self.samples = history, [], []
+        self.history, self.scenes, self.samples, made_of = history, [], [], []
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
-            frames = load_pt(path, "run 01_pseudolabel.py")
+            frames = load_artifact(path, "run 01_pseudolabel.py")
             check_meta(path, frames["meta"], config, FRAMES_META, "run 01_pseudolabel.py with this --preset")
             if bev_gt:
                 path = Path(out) / "bev_gt" / f"{scene}.pt"
-                truth = load_pt(path, "run 02_bev_gt.py")
+                truth = load_artifact(path, "run 02_bev_gt.py")
                 check_meta(path, truth["meta"], config, GRID_META, "run 02_bev_gt.py with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: run 02_bev_gt.py again")
                 frames["bev"] = truth["bev"]
+                made_of.append(truth["meta"]["source"])
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]
             self.scenes.append(frames)
+            made_of += [scene, frames["meta"]["source"], frames["token"]]
+        # A training that goes on must go on with the same labels: this says which they are.
+        self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
     def __len__(self):
         return len(self.samples)
@@ -411,4 +431,4 @@ class Frames(torch.utils.data.Dataset):
             return torch.stack([decode(data) for data in self.scenes[scene][key][t]])
         except (OSError, SyntaxError, RuntimeError):  # PIL reports a broken PNG as SyntaxError
             name = self.scenes[scene]["scene"]
-            sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete it, then run 01_pseudolabel.py")
+            sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py")

@@ -84,6 +84,10 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--out", "nowhere"], "splits.json is missing: run 02_bev_gt.py"),
     ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
+    ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
+    ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps and --batch-size are at least 1"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal", "0.1"], "was trained with temporal 0.5, not 0.1"),
+    ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: give one of 03"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
     ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
 ])
