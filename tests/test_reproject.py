@@ -203,6 +203,20 @@ def test_frames_history_and_gaps(tmp_path):
     assert (frames[4]["image"] == 0).all()  # never a frame of another scene
 
 
+def test_digest_tells_labels_apart(tmp_path):
+    """What a half-done training is compared by: same files, same digest; other labels or scenes, another one."""
+    config = PRESETS["toy"]
+    for scene in "ab":
+        write_scene(tmp_path, scene, config, [0.0, 0.5])
+    first = Frames(tmp_path, ["a"], config, bev_gt=True).digest
+    assert Frames(tmp_path, ["a"], config, bev_gt=True).digest == first
+    assert Frames(tmp_path, ["b"], config, bev_gt=True).digest != first
+    frames = torch.load(tmp_path / "frames/a.pt", weights_only=True)
+    frames["meta"]["source"]["min_confidence"] = 0.7
+    save_pt(frames, tmp_path / "frames/a.pt")
+    assert Frames(tmp_path, ["a"], config, bev_gt=True).digest != first
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda out, config: (out / "frames/a.pt").unlink(), "frames/a.pt is missing: run 01"),
     (lambda out, config: (out / "bev_gt/a.pt").unlink(), "bev_gt/a.pt is missing: run 02"),
@@ -212,6 +226,7 @@ def test_frames_history_and_gaps(tmp_path):
      "cell 0.5, expected 0.3"),
     (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"]}, out / "bev_gt/a.pt"),
      "other key frames"),
+    (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01 or 02: run 01"),
 ])
 def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     config = PRESETS["toy"]
