@@ -73,10 +73,10 @@ if __name__ == "__main__":
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
     model = BEVSegmenter(config)
     path = Path(args.out) / f"{args.name}.pt"
-    if not path.exists():
+    if not path.exists():  # a run that goes on has its weights already
         model.load_backbone_weights()
     model.to(args.device)
-    args.data = frames.digest
+    args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
