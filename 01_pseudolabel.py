@@ -28,9 +28,9 @@ from nuscenes.nuscenes import NuScenes
 from PIL import Image
 from tqdm import tqdm
 
-from model import PRESETS, check_device
-from reproject import (CAMERAS, CLASSES, FRAMES_META, IGNORE, encode, inverse, is_finished, key_frames, look_up,
-                       make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
+from model import PRESETS
+from reproject import (CAMERAS, CLASSES, FRAMES_META, IGNORE, check_device, encode, inverse, is_finished, key_frames,
+                       look_up, make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, check_device, fit, positive, run_sequence, segmentation_loss
-from reproject import IGNORE, Frames, cells_in_cameras, read_splits, relative_pose, render, warp
+from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
+from reproject import (IGNORE, Frames, cells_in_cameras, check_training, positive, read_splits, relative_pose, render,
+                       warp)
 
 
 def parse_args():
@@ -25,6 +26,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
+    parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
     parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
@@ -35,6 +37,8 @@ def parse_args():
     parser.add_argument("--temporal", type=float, default=0.5, help="weight of the temporal loss")
     parser.add_argument("--max-range", type=positive, default=25.0,
                         help="m; pixels that look at ground farther from their camera do not count")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
@@ -67,15 +71,12 @@ def temporal_loss(logits, before, batch, grid):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_device(args.device)
+    check_training(args)
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
-    model = BEVSegmenter(config)
     path = Path(args.out) / f"{args.name}.pt"
-    if not path.exists():  # a run that goes on has its weights already
-        model.load_backbone_weights()
-    model.to(args.device)
+    model = initial_model(args, config, path).to(args.device)
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
 
     def loss_fn(batch):

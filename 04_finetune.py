@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, BEVSegmenter, check_device, fit, load_checkpoint, positive, run_sequence, segmentation_loss
-from reproject import Frames, read_splits
+from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
+from reproject import Frames, check_training, positive, read_splits
 
 
 def parse_args():
@@ -26,7 +26,8 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
-    parser.add_argument("--init", default="{out}/pretrain.pt", help="checkpoint of 03_pretrain.py, or scratch")
+    parser.add_argument("--init", default="{out}/pretrain.pt",
+                        help="checkpoint of 03_pretrain.py, scratch, or a released BEVFormer (.pth)")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
@@ -35,6 +36,8 @@ def parse_args():
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
@@ -50,25 +53,15 @@ def choose_scenes(scenes, share):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_device(args.device)
+    check_training(args)
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
     frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     # Compared when a run goes on: names may stay while the labels or the weights behind them change.
-    args.data, args.init_digest = frames.digest, None
-    if args.init == "scratch":
-        model = BEVSegmenter(config)
-        if not path.exists():
-            model.load_backbone_weights()
-    else:
-        checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
-        args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
-        if checkpoint["step"] < checkpoint["args"]["steps"]:
-            sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
-                     "run 03_pretrain.py again with the same flags, it goes on from there")
-    model.to(args.device)
+    args.data = frames.digest
+    model = initial_model(args, config, path).to(args.device)
 
     def loss_fn(batch):
         logits, _ = run_sequence(model, batch)

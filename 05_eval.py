@@ -21,8 +21,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import NUM_CLASSES, PRESETS, check_device, count_overlap, iou, load_checkpoint, step
-from reproject import CAMERAS, CLASSES, IGNORE, Frames, lift, read_splits, render, save_json, whole_file
+from model import PRESETS, count_overlap, iou, load_checkpoint, step
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Frames, check_device, lift, read_splits, render,
+                       save_json, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")

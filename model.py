@@ -10,27 +10,26 @@ attention (Deformable DETR, arXiv 2010.04159). Then the loss, the score, and the
 Shapes: B batch, N cameras, C channels, M heads, L feature levels, P sampling points, Z heights of a pillar,
 H x W cells of a BEV grid, Q = H*W queries (row by row), h x w pixels. Axes: see reproject.py.
 """
-import ctypes
+import hashlib
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import CAMERAS, CLASSES, IGNORE, Grid, load_pt, project, relative_pose, save_pt, warp
-
-NUM_CLASSES = len(CLASSES)
-
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, batch_indices, deformable_attention, learning_rate,
+                       keep_freed_memory, load_pt, pillars_in_cameras, relative_pose, save_pt, warp, watched)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -83,49 +82,27 @@ PRESETS = {
 
 # ---------------------------------------------------------------- deformable attention
 
-def deformable_attention(values, locations, weights, source):
-    """Weighted sum of bilinear samples: the operator of Deformable DETR (eq. 2 and 3) for a packed list of R queries.
-
-    values: one tensor (S, M, D, h, w) a level: S feature maps; source (R,) int: which of the S maps a query reads;
-    locations (R, M, L, P, 2) as (x, y) in [0, 1] of the map, weights (R, M, L, P). Returns (R, M*D).
-    A sample outside its map is zero.
-
-    The S maps are stacked into one tall image with a row of zeros after each, so that one grid_sample a level serves
-    queries of all cameras and all samples of the batch, however many each has: nothing is padded, nothing is looped.
-    """
-    R, M, L, P, _ = locations.shape
-    output = locations.new_zeros(M, values[0].shape[2], R)
-    for level, value in enumerate(values):
-        S, _, D, h, w = value.shape
-        tall = F.pad(value.to(locations.dtype), (0, 0, 0, 1))
-        tall = tall.permute(1, 2, 0, 3, 4).reshape(M, D, S * (h + 1), w)  # (M, D, S*(h+1), w)
-        x, y = locations[:, :, level].permute(1, 2, 0, 3).unbind(-1)  # (M, P, R) each
-        # Positions as fractional indices of pixel centres; the clamp parks far samples on the zeros around their map.
-        x = (x * w - 0.5).clamp(-1, w)
-        y = (y * h - 0.5).clamp(-1, h) + source * (h + 1)
-        where = torch.stack(((2 * x + 1) / w - 1, (2 * y + 1) / (S * (h + 1)) - 1), -1)  # (M, P, R, 2)
-        weight = weights[:, :, level].permute(1, 2, 0).contiguous()  # (M, P, R)
-        # Point by point: half the time of all at once, as (M, D, P, R) samples do not fit the cache.
-        for where_p, weight_p in zip(where.unbind(1), weight.unbind(1)):
-            samples = F.grid_sample(tall, where_p.unsqueeze(1), align_corners=False).squeeze(2)  # (M, D, R)
-            output = torch.addcmul(output, samples, weight_p.unsqueeze(1))
-    return output.permute(2, 0, 1).reshape(R, M * D)  # (R, M*D)
+def softmax(weights):
+    """Softmax over the last axis; for a handful of numbers, five times as fast on the CPU as torch's."""
+    e = (weights - weights.detach().amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
 
 
-def init_offsets(linear, heads, levels, points, group=1):
+def init_guide(linear, heads, levels, points, group=1):
     """Start as Deformable DETR does: each head looks in a direction of its own, ever farther, but from 0 steps on.
 
-    Every `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on
-    each query sees exactly the pixels that it projects to.
+    linear: its 3 * heads * levels * points outputs are the x, then the y, then the weights of all points. Every
+    `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on each
+    query sees exactly the pixels that it projects to.
     """
     angle = torch.arange(heads) * (2 * math.pi / heads)
-    direction = torch.stack((angle.cos(), angle.sin()), -1)
-    direction = direction / direction.abs().max(-1, keepdim=True).values  # (heads, 2), on the unit square
+    direction = torch.stack((angle.cos(), angle.sin()))
+    direction = direction / direction.abs().amax(0)  # (2, heads), on the unit square
     steps = torch.arange(points) // group
-    offsets = (direction[:, None, None] * steps[:, None]).expand(heads, levels, points, 2)
+    offsets = (direction[:, :, None, None] * steps).expand(2, heads, levels, points)
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
-        linear.bias.copy_(offsets.flatten())
+        linear.bias.copy_(torch.cat((offsets, torch.zeros(1, heads, levels, points))).flatten())
 
 
 class TemporalSelfAttention(nn.Module):
@@ -134,30 +111,29 @@ class TemporalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.M, self.P = config.channels, config.heads, config.points_temporal
-        self.offsets = nn.Linear(2 * C, 2 * self.M * self.P * 2)  # 2 BEVs x heads x points x (x, y)
-        self.weights = nn.Linear(2 * C, 2 * self.M * self.P)
+        # Where to look and with what weight: (x, y, weight) x heads x 2 BEVs x points
+        self.guide = nn.Linear(C, 3 * self.M * 2 * self.P)
+        self.guide_previous = nn.Linear(C, 3 * self.M * 2 * self.P, bias=False)
         self.value = nn.Linear(C, C)
         self.output = nn.Linear(C, C)
-        init_offsets(self.offsets, self.M, 2, self.P)
-        nn.init.zeros_(self.weights.weight), nn.init.zeros_(self.weights.bias)
+        init_guide(self.guide, self.M, 2, self.P)
+        nn.init.zeros_(self.guide_previous.weight)
 
-    def forward(self, query, position, previous, current, reference, shape):
-        """query, position, previous, current (B, Q, C); shape (H, W); reference (B, 2, Q, 2): where each query's ground
-        lies in the previous and in the current BEV, (x, y) in [0, 1]. -> (B, Q, C)"""
-        B, Q, C = query.shape
-        H, W = shape
-        bevs = self.value(torch.stack((previous, current), 1))  # (B, 2, Q, C)
-        bevs = bevs.view(2 * B, H, W, self.M, C // self.M).permute(0, 3, 4, 1, 2)  # (2B, M, D, H, W)
-        guide = torch.cat((previous, query + position), -1)  # (B, Q, 2C)
-        offsets = self.offsets(guide).view(B, Q, self.M, 2, self.P, 2).permute(0, 3, 1, 2, 4, 5)  # (B, 2, Q, M, P, 2)
-        weights = self.weights(guide).view(B, Q, self.M, 2, self.P).permute(0, 3, 1, 2, 4)  # (B, 2, Q, M, P)
-        locations = reference[:, :, :, None, None] + offsets.to(reference) / reference.new_tensor((W, H))
-        # Both BEVs are read as if they were samples of a batch of 2B.
-        locations = locations.reshape(2 * B * Q, self.M, 1, self.P, 2)
-        weights = weights.to(reference).softmax(-1).reshape(2 * B * Q, self.M, 1, self.P)
-        source = torch.arange(2 * B, device=query.device).repeat_interleave(Q)
-        mixed = deformable_attention([bevs], locations, weights, source)  # (2BQ, C)
-        return query + self.output(mixed.view(B, 2, Q, C).mean(1))  # (B, Q, C)
+    def forward(self, query, position, previous, current, reference):
+        """query, position, previous, current (B, Q, C); reference (H, W, 2): the queries' own places in pixels (x, y).
+        -> (B, Q, C)"""
+        (B, Q, C), (H, W, _), M, P = query.shape, reference.shape, self.M, self.P
+        guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
+        x, y, weights = guide.to(reference).view(B, Q, 3, M, 2, P).unbind(2)  # (B, Q, M, 2, P) each
+        x, y = (offset + place.view(Q, 1, 1, 1) for offset, place in zip((x, y), reference.unbind(-1)))
+        weights = softmax(weights) / 2  # of each BEV; halved, as the two results are averaged
+        # Without a history both are the same BEV, which is projected once.
+        bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
+        maps = torch.stack(bevs, 1).view(-1, H, W, M, C // M)  # (B*1 or B*2, H, W, M, D)
+        source = torch.arange(len(maps), dtype=torch.int32, device=query.device).view(B, 1, 1, -1, 1)
+        source = source.expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)
+        x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))
+        return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
 
 
 class SpatialCrossAttention(nn.Module):
@@ -166,28 +142,31 @@ class SpatialCrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.M, self.P, self.L = config.channels, config.heads, config.points_spatial, len(config.stages)
-        self.offsets = nn.Linear(C, self.M * self.L * self.P * 2)
-        self.weights = nn.Linear(C, self.M * self.L * self.P)
+        self.guide = nn.Linear(C, 3 * self.M * self.L * self.P)  # (x, y, weight) x heads x levels x points
         self.value = nn.Linear(C, C)
         self.output = nn.Linear(C, C)
-        init_offsets(self.offsets, self.M, self.L, self.P, len(config.heights))
-        nn.init.zeros_(self.weights.weight), nn.init.zeros_(self.weights.bias)
+        init_guide(self.guide, self.M, self.L, self.P, len(config.heights))
 
     def forward(self, query, features, hits):
-        """query (B, Q, C); features: (B*N, h, w, C) a level; hits: see find_hits. -> (B, Q, C)"""
+        """query (B, Q, C); features: (B*N, h, w, C) a level; hits: see reproject.pillars_in_cameras. -> (B, Q, C)"""
         B, Q, C = query.shape
         camera, cell, anchors = hits  # (R,), (R,), (R, Z, 2)
         (R, Z, _), M, L, P = anchors.shape, self.M, self.L, self.P
-        # Projected once a layer and camera, not once a query: (B*N, M, D, h, w) a level
-        values = [self.value(f).unflatten(-1, (M, C // M)).permute(0, 3, 4, 1, 2) for f in features]
-        flat = query.flatten(0, 1)  # (B*Q, C)
-        sizes = torch.tensor([(f.shape[2], f.shape[1]) for f in features], device=query.device)  # (L, 2) as (w, h)
-        offsets = self.offsets(flat).view(B * Q, M, L, P // Z, Z, 2).to(anchors) / sizes.view(L, 1, 1, 2)
-        weights = self.weights(flat).view(B * Q, M, L * P).to(anchors).softmax(-1)  # over all levels and points
-        locations = anchors.view(R, 1, 1, 1, Z, 2) + offsets[cell]  # (R, M, L, P/Z, Z, 2)
-        seen = deformable_attention(values, locations.flatten(3, 4), weights[cell].view(R, M, L, P), camera)  # (R, C)
+        guide = self.guide(query).flatten(0, 1).index_select(0, cell).to(anchors)  # (R, 3*M*L*P)
+        x, y, weights = guide.view(R, 3, M, L, P // Z, Z).unbind(1)  # (R, M, L, P/Z, Z) each
+        weights = softmax(weights.reshape(R, M, L * P)).view(R, M, L, P)  # over all levels and points
+        source = camera.int().view(R, 1, 1)
+        seen = 0
+        for level, feature in enumerate(features):
+            h, w = feature.shape[1:3]
+            x_level, y_level = (offset[:, :, level] + size * anchors[:, None, None, :, axis]  # (R, M, P/Z, Z)
+                                for axis, (offset, size) in enumerate(((x, w), (y, h))))
+            # Values are projected once a layer and camera, not once a query: (B*N, h, w, M, D)
+            maps = self.value(feature).unflatten(-1, (M, C // M))
+            places = x_level.flatten(2), y_level.flatten(2)  # (R, M, P)
+            seen = seen + deformable_attention(maps, *places, weights[:, :, level], source)  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
-        total = torch.zeros_like(flat, dtype=seen.dtype).index_add(0, cell, seen)  # (B*Q, C)
+        total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, cell, seen)  # (B*Q, C)
         count = torch.bincount(cell, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
         return query + self.output((total / count).view(B, Q, C))  # (B, Q, C)
 
@@ -203,31 +182,11 @@ class EncoderLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(C, config.ffn), nn.ReLU(), nn.Linear(config.ffn, C))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
-    def forward(self, query, position, previous, current, reference, shape, features, hits):
+    def forward(self, query, position, previous, current, reference, features, hits):
         """query, position, previous, current (B, Q, C); the rest as in the two attentions. -> (B, Q, C)"""
-        query = self.norms[0](self.temporal(query, position, previous, current, reference, shape))
+        query = self.norms[0](self.temporal(query, position, previous, current, reference))
         query = self.norms[1](self.spatial(query, features, hits))
         return self.norms[2](query + self.ffn(query))
-
-
-def find_hits(K, ego_T_cam, image_size, grid, bev_shape, heights):
-    """Which camera sees which query, and where: the pillars projected into every camera.
-
-    K (B, N, 3, 3), ego_T_cam (B, N, 4, 4). Returns, for the R (sample, camera, query) triples in which at least one
-    height of the pillar falls into the image: camera (R,) = b*N + n, cell (R,) = b*Q + q,
-    anchors (R, Z, 2): the projections as fractions of the image. Each sample of the batch has its own visibility.
-    """
-    B, N = K.shape[:2]
-    h, w = image_size
-    xy = grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
-    z = torch.tensor(heights, dtype=K.dtype, device=K.device)
-    pts_ego = torch.cat((xy[:, None].expand(-1, len(z), -1), z[None, :, None].expand(len(xy), -1, -1)), -1)  # (Q, Z, 3)
-    with torch.autocast(K.device.type, enabled=False):
-        uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, Q, Z, 2), (B, N, Q, Z)
-        anchors = uv / uv.new_tensor((w, h))
-    inside = (depth > 1e-5) & (anchors > 0).all(-1) & (anchors < 1).all(-1)
-    b, n, q = inside.any(-1).nonzero(as_tuple=True)
-    return b * N + n, b * len(xy) + q, anchors[b, n, q]
 
 
 class Encoder(nn.Module):
@@ -237,36 +196,32 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.checkpointing = False  # True: run layers again in the backward pass instead of storing what is in them
 
-    def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None, shift=None):
+    def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None):
         """first, position (B, Q, C): the BEV queries and their positions; features: (B*N, h, w, C) a level;
         previous (B, Q, C): the last BEV, already warped into this ego frame; has_previous (B,) bool: False where a
-        sample has no history; shift (B, 2): for a caller that, as the official code does, leaves a remaining
-        translation in `previous`: (x, y) in fractions of the grid. Returns the BEV features (B, Q, C)."""
-        c, B = self.config, len(first)
-        H, W = c.bev_shape
-        hits = find_hits(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
-        reference = (c.grid.normalise(c.grid.centres(K, c.bev_shape)) + 1) / 2  # (H, W, 2) as (x, y) in [0, 1]
-        reference = reference.view(H * W, 2).expand(B, 2, -1, -1)  # (B, 2, Q, 2)
-        if shift is not None:
-            reference = reference + torch.stack((shift, torch.zeros_like(shift)), 1).unsqueeze(2)
+        sample has no history. Returns the BEV features (B, Q, C)."""
+        c = self.config
+        hits = pillars_in_cameras(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
+        row, column = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in c.bev_shape), indexing="ij")
+        reference = torch.stack((column, row), -1).to(K)  # (H, W, 2)
         query = first
         for layer in self.layers:
             # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
             # without, both stand for the layer's own input.
-            then = now = query
-            if previous is not None:
-                then, now = (torch.where(has_previous.view(B, 1, 1), bev, query) for bev in (previous, first))
-            query = layer(query, position, then, now, reference, (H, W), features, hits)
+            if previous is None:
+                then = now = query
+            elif has_previous.all():
+                then, now = previous, first
+            else:
+                then, now = (torch.where(has_previous.view(-1, 1, 1), bev, query) for bev in (previous, first))
+            inputs = query, position, then, now, reference, features, hits
+            query = checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
         return query
 
 
 # ---------------------------------------------------------------- the network
-
-def make_backbone(name):
-    """A torchvision ResNet by its name; resnet10, one block a stage, is too small to be in torchvision's list."""
-    return ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
-
 
 class BEVSegmenter(nn.Module):
     """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top."""
@@ -274,7 +229,8 @@ class BEVSegmenter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.channels
-        backbone = make_backbone(config.backbone)
+        backbone = (ResNet(BasicBlock, [1, 1, 1, 1]) if config.backbone == "resnet10" else  # not in torchvision's list
+                    torchvision.models.get_model(config.backbone))
         widths = [list(getattr(backbone, f"layer{s}").children())[-1] for s in config.stages]
         widths = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in widths]
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
@@ -350,6 +306,63 @@ def step(model, frame, bev, world_T_previous):
     return model(frame["image"], frame["K"], frame["ego_T_cam"], bev, frame["linked"])
 
 
+# ---------------------------------------------------------------- released BEVFormer weights
+
+OFFICIAL_NAMES = (  # in released BEVFormer checkpoints -> ours; regular expressions, each tried on every name
+    (r"^img_backbone\.", "backbone."), (r"^pts_bbox_head\.(transformer\.)?", ""),
+    (r"^img_neck\.lateral_convs\.(\d+)\.conv", r"fpn.inner_blocks.\1.0"),
+    (r"^img_neck\.fpn_convs\.(\d+)\.conv", r"fpn.layer_blocks.\1.0"),
+    ("^bev_embedding.weight", "query"), ("^level_embeds", "level"), ("^cams_embeds", "camera"),
+    ("^positional_encoding.row_embed.weight", "row"), ("^positional_encoding.col_embed.weight", "column"),
+    (r"\.attentions\.0", ".temporal"), (r"\.attentions\.1(\.deformable_attention)?", ".spatial"),
+    (r"\.(value|output)_proj", r".\1"), (r"\.ffns\.0\.layers\.0\.0", ".ffn.0"), (r"\.ffns\.0\.layers\.1", ".ffn.2"),
+)
+OFFICIAL_BLOCKS = {"backbone", "fpn", "query", "level", "camera", "row", "column", "encoder", "can_bus_mlp"}
+
+
+def load_official(model, state_dict):
+    """Fill a BEVSegmenter with the parameters of a released BEVFormer detector (its `state_dict`), in our axes.
+
+    The BEV of BEVFormer has row 0 at the rear: queries, row embeddings and the y of temporal offsets are flipped. We do
+    not read the CAN bus: the queries take in what its network says to zeros, which official code feeds it where a scene
+    has none. Returns {"used", "ignored": official names; ignored is the detection decoder, "left": our names that keep
+    their start}. Raises ValueError, naming the parameter, if one does not fit.
+    """
+    (H, W), C, ours, used = model.config.bev_shape, model.config.channels, {}, {}
+    for key, value in state_dict.items():
+        name = key
+        for official, own in OFFICIAL_NAMES:
+            name = re.sub(official, own, name)
+        if name.split(".")[0] in OFFICIAL_BLOCKS:  # the rest is the detection decoder
+            ours[name], used[name] = value, key
+    try:
+        if "can_bus_mlp.0.weight" in ours:
+            _, b0, w2, b2, scale, shift = (ours.pop(f"can_bus_mlp.{key}") for key in (
+                "0.weight", "0.bias", "2.weight", "2.bias", "norm.weight", "norm.bias"))
+            ours["query"] = ours["query"] + F.layer_norm(F.linear(b0.relu(), w2, b2).relu(), (C,), scale, shift)
+        for name in list(ours):
+            if name == "query":
+                ours[name] = ours[name].view(H, W, C).flip(0).flatten(0, 1)
+            elif name == "row":
+                ours[name] = ours[name].flip(0)
+            elif name == "level":  # official networks with one level were built with four embeddings
+                ours[name] = ours[name][:len(model.config.stages)]
+            elif "sampling_offsets" in name:
+                x, y = ours.pop(name).unflatten(0, (-1, 2)).unbind(1)
+                weights = ours.pop(name.replace("sampling_offsets", "attention_weights"))
+                guide = torch.cat((x, -y if "temporal" in name else y, weights))
+                name = name.replace("sampling_offsets", "guide")
+                if "temporal.guide.weight" in name:  # its input is (previous BEV, query)
+                    ours[name.replace("guide", "guide_previous")], guide = guide.split(C, 1)
+                ours[name] = guide
+        for name in ours.keys() - model.state_dict().keys():
+            raise ValueError(f"{used.get(name, name)} has no place in this network")
+        left = model.load_state_dict(ours, strict=False).missing_keys
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{type(error).__name__} {str(error).splitlines()[-1].strip()}") from None
+    return {"used": sorted(used.values()), "ignored": sorted(state_dict.keys() - set(used.values())), "left": left}
+
+
 # ---------------------------------------------------------------- loss and score
 
 def segmentation_loss(logits, target, class_weights):
@@ -387,32 +400,6 @@ def iou(overlap):
 
 # ---------------------------------------------------------------- training, shared by 03 and 04
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first twentieth, then half a cosine down to a hundredth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
-
-
-@lru_cache(maxsize=4)
-def permutation(n, seed, epoch):
-    """The order of n samples in one epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
-
-
-def batch_indices(n, batch_size, seed, start, steps):
-    """Sample indices of the batches of steps start..steps-1: a pure function of the step, so resuming is exact."""
-    return [[permutation(n, seed, i // n)[i % n] for i in range(s * batch_size, (s + 1) * batch_size)]
-            for s in range(start, steps)]
-
-
-def keep_freed_memory():
-    """Tell glibc to keep freed memory: fresh pages for each step's large CPU tensors cost more than the arithmetic."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**31 - 1), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
-
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""
     checkpoint = load_pt(path, remedy)
@@ -434,17 +421,37 @@ def load_checkpoint(path, remedy, config=None):
     return checkpoint, model
 
 
+def initial_model(args, config, path):
+    """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
+    checkpoint of 03 or of a released BEVFormer (.pth). args.init_digest then says which weights these were."""
+    model, args.init_digest = BEVSegmenter(config), None
+    if args.init == "scratch":
+        if not Path(path).exists():  # a run that goes on has its weights already
+            model.load_backbone_weights()
+        return model
+    if args.init.endswith(".pth"):
+        content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
+        try:
+            report = load_official(model, content.get("state_dict", content))
+        except (AttributeError, ValueError) as error:
+            sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
+        print(f"{args.init}: " + "\n  ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in report.items()))
+    else:
+        checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
+        if checkpoint["step"] < checkpoint["args"]["steps"]:
+            sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
+                     "run 03_pretrain.py again with the same flags, it goes on from there")
+    args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
+    return model
+
+
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
 
-    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar). args holds steps, batch_size, lr, seed, device
-    and workers.
+    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar); args: the flags of 03 or 04.
     """
-    if not len(data):
-        sys.exit(f"error: {args.out}/splits.json has no train scene: run 01 and 02 on a data set that has some")
-    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
-        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
     keep_freed_memory()
+    model.encoder.checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     start = resume(model, optimizer, args, path)
     batches = batch_indices(len(data), args.batch_size, args.seed, start, args.steps)
@@ -455,7 +462,8 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     for i, batch in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.steps, args.lr)
-        loss, parts = loss_fn({k: v.to(args.device, non_blocking=True) for k, v in batch.items()})
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
+            loss, parts = loss_fn({k: v.to(args.device, non_blocking=True) for k, v in batch.items()})
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -472,39 +480,14 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     print(f"{path}: {args.steps} steps, the last {args.steps - start} in {time.time() - began:.0f} s")
 
 
-def watched(loader):
-    """The loader's batches. A worker that stopped has already said why, in one line of its own."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit("error: a worker that decodes images stopped (see above, or too little memory: use fewer --workers)")
-
-
-def positive(text):
-    """The argparse type of a number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def check_device(name):
-    """Stop with one line where PyTorch cannot use the device."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        sys.exit(f"error: --device {name}: PyTorch finds no such device here: use --device cpu")
-
-
 def resume(model, optimizer, args, path):
     """Load a half-done run and return its step, or 0. Stops where `path` was trained with other settings."""
     if not Path(path).exists():
         return 0
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
-    for key, value in vars(args).items():
-        if key not in ("device", "workers", "out", "name", "init") and checkpoint["args"].get(key) != value:
+    for key in vars(args).keys() - {"device", "workers", "checkpointing", "out", "name", "init"}:
+        if checkpoint["args"].get(key) != (value := getattr(args, key)):
             sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")

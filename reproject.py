@@ -16,13 +16,17 @@ and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inver
 BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
 """
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import sys
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +36,11 @@ from PIL import Image
 
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
+NUM_CLASSES = len(CLASSES)
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 
 
@@ -167,6 +173,26 @@ def cells_in_cameras(K, ego_T_cam, image_size, grid):
     return where, (depth > 0) & (where.abs() <= 1).all(-1)
 
 
+def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
+    """Which camera sees which query, and where: the pillars of BEVFormer (section 3.3) projected into every camera.
+
+    K (B, N, 3, 3), ego_T_cam (B, N, 4, 4). Returns, for the R (sample, camera, query) triples in which at least one
+    height of the pillar falls into the image: camera (R,) = b*N + n, query (R,) = b*Q + q,
+    anchors (R, Z, 2): the projections as fractions of the image. Each sample of the batch has its own visibility.
+    """
+    B, N = K.shape[:2]
+    h, w = image_size
+    xy = grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
+    z = torch.tensor(heights, dtype=K.dtype, device=K.device)
+    pts_ego = torch.cat((xy[:, None].expand(-1, len(z), -1), z[None, :, None].expand(len(xy), -1, -1)), -1)  # (Q, Z, 3)
+    with torch.autocast(K.device.type, enabled=False):
+        uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, Q, Z, 2), (B, N, Q, Z)
+        anchors = uv / uv.new_tensor((w, h))
+    inside = (depth > 1e-5) & (anchors > 0).all(-1) & (anchors < 1).all(-1)
+    b, n, q = inside.any(-1).nonzero(as_tuple=True)
+    return b * N + n, b * len(xy) + q, anchors[b, n, q]
+
+
 def lift(image_scores, K, ego_T_cam, grid, weight=None):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
@@ -194,6 +220,83 @@ def warp(bev, prev_T_cur, grid):
         xy_prev = transform(prev_T_cur[:, None, None], pts_cur)[..., :2]  # (B, H, W, 2)
         where = grid.normalise(xy_prev)  # (B, H, W, 2)
         return F.grid_sample(bev.to(where.dtype), where, align_corners=False), (where.abs() <= 1).all(-1)
+
+
+# ---------------------------------------------------------------- bilinear sampling at learnt places
+
+def corners(x, y, weights, source, height, width):
+    """The four pixels around each sampling point, and how much of each enters its bilinear sample.
+
+    x, y, weights (R, M, P); source (R, 1, P or 1) int32. Returns, each (R, M, P, 4), the rows (map, pixel, head) of
+    the value table, int32, and the shares. Pixels outside the map have share 0; their row may not be in the table.
+    """
+    M = x.shape[1]
+    sides = []
+    for position, size in ((x, width), (y, height)):
+        position = (position - 0.5).clamp(-1, size)  # pixel centres become whole numbers; far outside is all the same
+        low = position.detach().floor()
+        far = position - low
+        sides.append((low, (1 - far) * ((low >= 0) & (low < size)), far * (low < size - 1)))
+    (left_x, left, right), (top_y, top, bottom) = sides
+    top, bottom = top * weights, bottom * weights
+    head = torch.arange(M, dtype=torch.int32, device=x.device).view(M, 1)
+    first = (source * (height * width) + (top_y * width + left_x).int()) * M + head  # (R, M, P)
+    rows = torch.stack([first + step * M for step in (0, 1, width, width + 1)], -1)  # (R, M, P, 4)
+    return rows, torch.stack((top * left, top * right, bottom * left, bottom * right), -1)
+
+
+class DeformableAttention(torch.autograd.Function):
+    """Weighted sum of bilinear samples as a product A @ V: V has the values, a row a pixel and head; A is sparse.
+
+    A row of A belongs to a query and head and has P*4 entries: a bag of `embedding_bag`, which adds them up and never
+    stores a sample. grid_sample stores each, P times the output, and adds its gradient to V one number at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, maps, x, y, weights, source):
+        ctx.save_for_backward(maps, x, y, weights, source)  # and not the larger A: it is quickly made again
+        (h, w, M, D), values = maps.shape[1:], maps.view(-1, maps.shape[-1])
+        index, share = corners(x, y, weights, source, h, w)
+        index = index.view(-1, 4 * x.shape[2]).clamp(0, len(values) - 1)  # (R*M, P*4)
+        return F.embedding_bag(index, values, per_sample_weights=share.view_as(index), mode="sum")  # (R*M, D)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        maps, x, y, weights, source = ctx.saved_tensors
+        (h, w, M, D), P = maps.shape[1:], x.shape[2]
+        grad, values = grad.contiguous(), maps.view(-1, D)  # (R*M, D), (S*h*w*M, D)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, y, weights)]
+            index, share = corners(*leaves, source, h, w)
+        # dA = grad @ V.T, at the entries of A alone.
+        columns = index.flatten().clamp(0, len(values) - 1)
+        row_starts = torch.arange(0, len(columns) + 1, 4 * P, dtype=torch.int32, device=x.device)
+        zeros = torch.zeros(len(columns), dtype=x.dtype, device=x.device)
+        A = torch.sparse_csr_tensor(row_starts, columns, zeros, (len(grad), len(values)), check_invariants=False)
+        grad_share = torch.sparse.sampled_addmm(A, grad, values.t(), beta=0.0).values().view_as(share)
+        grads = torch.autograd.grad(share, leaves, grad_share)
+        # dV = A.T @ grad: sorted by their first pixel, the points are bags again, and the same ones for each corner.
+        margin = (w + 1) * M  # the first pixel may lie a row and a column before the map, where its share is 0
+        first, order = (index[..., 0].flatten() + margin).sort()
+        starts = torch.searchsorted(first, torch.arange(len(values) + margin, dtype=torch.int32, device=x.device))
+        rows, share = order // P, share.detach().view(-1, 4).index_select(0, order)
+        grad_values = torch.zeros_like(values)
+        for step, part in zip((0, M, w * M, margin), share.unbind(1)):
+            total = F.embedding_bag(rows, grad, starts, per_sample_weights=part.contiguous(), mode="sum")
+            grad_values += total[margin - step:][:len(values)]
+        return grad_values.view_as(maps), *grads, None
+
+
+def deformable_attention(maps, x, y, weights, source):
+    """The operator of Deformable DETR (eq. 2 and 3), one level, for a packed list of R queries. Returns (R, M*D).
+
+    maps (S, h, w, M, D): S feature maps, M heads; x, y (R, M, P): sampling points in pixels of the map, (0, 0) at its
+    corner; weights (R, M, P); source (R, 1, P or 1) int32: which map a point reads. A sample outside its map is zero.
+    Queries of all cameras and of all samples of a batch are rows of one list: nothing is padded, nothing is looped.
+    """
+    mixed = DeformableAttention.apply(maps.contiguous().to(x.dtype), x, y, weights, source)  # (R*M, D)
+    return mixed.view(len(x), mixed.shape[1] * x.shape[1])  # (R, M*D)
 
 
 # ---------------------------------------------------------------- nuScenes tables (stages 01 and 02)
@@ -432,3 +535,65 @@ class Frames(torch.utils.data.Dataset):
         except (OSError, SyntaxError, RuntimeError):  # PIL reports a broken PNG as SyntaxError
             name = self.scenes[scene]["scene"]
             sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py")
+
+
+# ---------------------------------------------------------------- what the training stages share
+
+@lru_cache(maxsize=4)
+def permutation(n, seed, epoch):
+    """The order of n samples in one epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
+
+
+def batch_indices(n, batch_size, seed, start, steps):
+    """Sample indices of the batches of steps start..steps-1: a pure function of the step, so resuming is exact."""
+    if not n:
+        sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
+    return [[permutation(n, seed, i // n)[i % n] for i in range(s * batch_size, (s + 1) * batch_size)]
+            for s in range(start, steps)]
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first twentieth, then half a cosine down to a hundredth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+
+
+def watched(loader):
+    """The loader's batches. A worker that stopped has already said why, in one line of its own."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a worker that decodes images stopped (see above, or too little memory: use fewer --workers)")
+
+
+def positive(text):
+    """The argparse type of a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def check_training(args):
+    """Stop with one line where a flag of 03 or 04 makes no sense."""
+    check_device(args.device)
+    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
+        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
+
+
+def check_device(name):
+    """Stop with one line where PyTorch cannot use the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        sys.exit(f"error: --device {name}: PyTorch finds no such device here: use --device cpu")
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory: fresh pages for each step's large CPU tensors cost more than the arithmetic."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX: none, M_TRIM_THRESHOLD: never

@@ -8,89 +8,199 @@ import pytest
 import torch
 from rig import pose, surround
 
-from model import (PRESETS, BEVSegmenter, Config, Encoder, batch_indices, count_overlap, deformable_attention, fit, iou,
-                   learning_rate, load_checkpoint, run_sequence, segmentation_loss)
-from reproject import IGNORE, render, save_pt
+from model import (PRESETS, BEVSegmenter, Config, count_overlap, fit, initial_model, iou, load_checkpoint,
+                   load_official, run_sequence, segmentation_loss)
+from reproject import IGNORE, batch_indices, deformable_attention, learning_rate, render, save_pt
 
-VECTORS = Path(os.environ.get("REFERENCE_VECTORS", Path(__file__).parents[2] / "shared/golden/bevformer_encoder.pt"))
-
-
-def from_official(state, heads, points):
-    """Official BEVFormer encoder parameters -> our names and axes (their grid has row 0 at the rear)."""
-    names = {"attentions.0.sampling_offsets": "temporal.offsets", "attentions.0.attention_weights": "temporal.weights",
-             "attentions.0.value_proj": "temporal.value", "attentions.0.output_proj": "temporal.output",
-             "attentions.1.deformable_attention.sampling_offsets": "spatial.offsets",
-             "attentions.1.deformable_attention.attention_weights": "spatial.weights",
-             "attentions.1.deformable_attention.value_proj": "spatial.value",
-             "attentions.1.output_proj": "spatial.output",
-             "ffns.0.layers.0.0": "ffn.0", "ffns.0.layers.1": "ffn.2", "norms": "norms"}
-    ours = {}
-    for key, value in state.items():
-        key = key.removeprefix("encoder.")
-        old = next(name for name in names if f".{name}." in key)
-        key = key.replace(old, names[old])
-        if "temporal.offsets" in key:  # a step towards higher rows is a step ahead there, a step back here
-            value = value.view(heads, 2, 1, points, 2, *value.shape[1:]).clone()
-            value[:, :, :, :, 1] *= -1
-            value = value.flatten(0, 4)
-        ours[key] = value
-    return ours
+HERE = Path(__file__).parent
+# The first may be any other file of its kind; the second is made by tests/peer.py.
+VECTORS = {"shared": Path(os.environ.get("REFERENCE_VECTORS", HERE.parents[1] / "shared/golden/bevformer_encoder.pt")),
+           "own": HERE / "reference_vectors.pt"}
 
 
-@pytest.fixture(scope="module")
-def vectors():
-    if not VECTORS.exists():
-        pytest.skip(f"no reference vectors at {VECTORS}: set REFERENCE_VECTORS")
-    return torch.load(VECTORS, weights_only=True)
+SMALL = Config(image_size=(72, 128), bev_shape=(20, 10), cell=1.0, channels=16, heads=2, ffn=32, layers=2)
+
+
+@pytest.fixture(params=VECTORS)
+def vectors(request):
+    path = VECTORS[request.param]
+    if not path.exists():
+        pytest.skip(f"no reference vectors at {path}: set REFERENCE_VECTORS")
+    return torch.load(path, weights_only=True)
+
+
+def equal(ours, expected):
+    """To 1e-9, or as exactly as float32 stores the expected number."""
+    exact = expected.dtype == torch.float64
+    torch.testing.assert_close(ours, expected.double(), atol=1e-9 if exact else 1e-6, rtol=0 if exact else 1e-6)
+
+
+def double(tree):
+    """The same dict, or list, in float64."""
+    if isinstance(tree, dict):
+        return {key: double(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [double(value) for value in tree]
+    return tree.double()
+
+
+def official_config(c):
+    """Config of a network with the encoder that reference vectors were made with."""
+    x0, y0, z0, x1, y1, z1 = c["pc_range"]
+    z = torch.linspace(0.5, z1 - z0 - 0.5, c["num_points_in_pillar"], dtype=torch.float64) + z0
+    # LiDAR x is right, y is ahead; ego x is ahead, y is left. Every level is as if it came from stage 1.
+    return Config(x_range=(y0, y1), y_range=(-x1, -x0), image_size=tuple(c["img_hw"]), stages=(1,) * c["num_levels"],
+                  bev_shape=(c["bev_h"], c["bev_w"]), channels=c["embed_dims"], layers=c["num_layers"],
+                  heads=c["num_heads"], ffn=c["ffn_dims"], points_spatial=c["num_points_sca"],
+                  points_temporal=c["num_points_tsa"], heights=tuple(z.tolist()))
 
 
 @pytest.mark.parametrize("history", (False, True))
 def test_reference_vectors(vectors, history):
-    c, inputs = vectors["config"], vectors["inputs"]
-    x0, y0, z0, x1, y1, z1 = c["pc_range"]
-    z = torch.linspace(0.5, z1 - z0 - 0.5, c["num_points_in_pillar"], dtype=torch.float64) + z0
-    # LiDAR x is right, y is ahead; ego x is ahead, y is left.
-    config = Config(x_range=(y0, y1), y_range=(-x1, -x0), image_size=c["img_hw"], stages=(1,) * c["num_levels"],
-                    bev_shape=(c["bev_h"], c["bev_w"]), channels=c["embed_dims"], layers=c["num_layers"],
-                    heads=c["num_heads"], ffn=c["ffn_dims"], points_spatial=c["num_points_sca"],
-                    points_temporal=c["num_points_tsa"], heights=tuple(z.tolist()))
-    encoder = Encoder(config).double()
-    encoder.load_state_dict(from_official(vectors["state_dict"], c["num_heads"], c["num_points_tsa"]))
-    ego_T_lidar = torch.tensor([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    c, inputs, state = vectors["config"], double(vectors["inputs"]), double(vectors["state_dict"])
+    model = BEVSegmenter(official_config(c)).double()
+    if history:
+        # The official code reads the previous BEV at a shifted place, in fractions of the grid. We warp it beforehand;
+        # here the shift goes to the offsets (head, BEV, point, xy), which are in cells.
+        shift = inputs["shift_xy"] * torch.tensor([[c["bev_w"], c["bev_h"]]])
+        for name in [name for name in state if "attentions.0.sampling_offsets.bias" in name]:
+            state[name].view(c["num_heads"], 2, c["num_points_tsa"], 2)[:, 0] += shift
+    report = load_official(model, {f"pts_bbox_head.transformer.{key}": value for key, value in state.items()})
+    assert len(report["used"]) == len(state) and not any("encoder" in name for name in report["left"])
 
     def turned(bev):  # (Q, 1, C) with row 0 at the rear -> (1, Q, C) with row 0 ahead
         return bev.view(c["bev_h"], c["bev_w"], -1).flip(0).flatten(0, 1)[None]
 
-    extra = {}
-    if history:
-        extra = {"previous": turned(inputs["prev_bev"]), "has_previous": torch.tensor([True]),
-                 "shift": inputs["shift_xy"] * torch.tensor([1.0, -1.0])}
+    previous = {"previous": turned(inputs["prev_bev"]), "has_previous": torch.tensor([True])} if history else {}
     features = [f.flatten(0, 1).permute(0, 2, 3, 1) for f in inputs["feats"]]
-    output = encoder(turned(inputs["bev_query"]), turned(inputs["bev_pos"]), features, inputs["K"][None],
-                     (ego_T_lidar @ inputs["lidar_T_cam"])[None], **extra)
+    ego_T_lidar = torch.tensor([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    # Ours pads images to whole strides: pixels are scaled so that the features cover what they covered there.
+    K, scale = inputs["K"].clone(), torch.tensor(model.config.padded_size).double() / torch.tensor(c["img_hw"])
+    K[:, :2] *= scale.flip(0).view(2, 1)
+    output = model.encoder(turned(inputs["bev_query"]), turned(inputs["bev_pos"]), features, K[None],
+                           (ego_T_lidar @ inputs["lidar_T_cam"])[None], **previous)
     expected = vectors["outputs"]["with_history" if history else "without_history"]
-    torch.testing.assert_close(output, turned(expected.transpose(0, 1)), atol=1e-9, rtol=0)
+    equal(output, turned(expected.transpose(0, 1)))
 
 
 def test_reference_operator(vectors):
     o = vectors["operator"]
-    B, Q = o["locations"].shape[:2]
-    leaves = [o[k].clone().requires_grad_() for k in ("value", "locations", "weights")]
-    sizes = [h * w for h, w in o["spatial_shapes"]]
-    values = [v.unflatten(1, size).permute(0, 3, 4, 1, 2)
-              for v, size in zip(leaves[0].split(sizes, 1), o["spatial_shapes"])]
-    output = deformable_attention(values, leaves[1].flatten(0, 1), leaves[2].flatten(0, 1),
-                                  torch.arange(B).repeat_interleave(Q)).view(B, Q, -1)
-    torch.testing.assert_close(output, o["output"], atol=1e-9, rtol=0)
-    (output * o["grad_out"]).sum().backward()
+    B, Q, M, L, P, _ = o["locations"].shape
+    value, locations, weights = leaves = [o[k].double().requires_grad_() for k in ("value", "locations", "weights")]
+    source, output = torch.arange(B, dtype=torch.int32).repeat_interleave(Q).view(-1, 1, 1), 0
+    for level, (maps, (h, w)) in enumerate(zip(value.split([h * w for h, w in o["spatial_shapes"]], 1),
+                                               o["spatial_shapes"])):
+        x, y = locations[:, :, :, level].flatten(0, 1).unbind(-1)  # (B*Q, M, P), in fractions of the map
+        output = output + deformable_attention(maps.unflatten(1, (h, w)), x * w, y * h,
+                                               weights[:, :, :, level].flatten(0, 1), source)
+    equal(output.view(B, Q, -1), o["output"])
+    (output.view(B, Q, -1) * o["grad_out"]).sum().backward()
     for leaf, name in zip(leaves, ("grad_value", "grad_locations", "grad_weights")):
-        torch.testing.assert_close(leaf.grad, o[name], atol=1e-9, rtol=0)
+        equal(leaf.grad, o[name])
+
+
+def official_state(model):
+    """What a released detector with the body of `model` holds, random; written down from its module tree."""
+    c, state = model.config, {}
+    (H, W), C, M, L = c.bev_shape, c.channels, c.heads, len(c.stages)
+    for key, value in model.backbone.state_dict().items():
+        state[f"img_backbone.{key}"] = torch.rand_like(value) if value.is_floating_point() else value
+    for i, block in enumerate(model.fpn.inner_blocks):
+        weights = {"lateral_convs": torch.rand_like(block[0].weight), "fpn_convs": torch.rand(C, C, 3, 3)}
+        for conv, weight in weights.items():
+            state |= {f"img_neck.{conv}.{i}.conv.weight": weight, f"img_neck.{conv}.{i}.conv.bias": torch.rand(C)}
+    linear = {"0": (18, C // 2), "2": (C // 2, C)}
+    shapes = {"transformer.level_embeds": (4, C), "transformer.cams_embeds": (6, C), "bev_embedding.weight": (H * W, C),
+              "positional_encoding.row_embed.weight": (H, C // 2), "positional_encoding.col_embed.weight": (W, C // 2),
+              "transformer.can_bus_mlp.norm.weight": (C,), "transformer.can_bus_mlp.norm.bias": (C,),
+              "query_embedding.weight": (9, 2 * C), "code_weights": (10,), "cls_branches.0.0.weight": (C, C),
+              "transformer.reference_points.weight": (3, C),
+              "transformer.decoder.layers.0.attentions.1.value_proj.weight": (C, C)}
+    for i, (n_in, n_out) in linear.items():
+        shapes |= {f"transformer.can_bus_mlp.{i}.weight": (n_out, n_in), f"transformer.can_bus_mlp.{i}.bias": (n_out,)}
+    for i in range(c.layers):
+        linear = {"attentions.0.sampling_offsets": (2 * C, M * 2 * c.points_temporal * 2),
+                  "attentions.0.attention_weights": (2 * C, M * 2 * c.points_temporal),
+                  "attentions.0.value_proj": (C, C), "attentions.0.output_proj": (C, C),
+                  "attentions.1.deformable_attention.sampling_offsets": (C, M * L * c.points_spatial * 2),
+                  "attentions.1.deformable_attention.attention_weights": (C, M * L * c.points_spatial),
+                  "attentions.1.deformable_attention.value_proj": (C, C), "attentions.1.output_proj": (C, C),
+                  "ffns.0.layers.0.0": (C, c.ffn), "ffns.0.layers.1": (c.ffn, C)}
+        for name, (n_in, n_out) in linear.items():
+            shapes |= {f"transformer.encoder.layers.{i}.{name}.weight": (n_out, n_in),
+                       f"transformer.encoder.layers.{i}.{name}.bias": (n_out,)}
+        for n in range(3):
+            shapes |= {f"transformer.encoder.layers.{i}.norms.{n}.{kind}": (C,) for kind in ("weight", "bias")}
+    return state | {f"pts_bbox_head.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_a_released_checkpoint_goes_to_its_places():
+    """Backbone and FPN by what they compute, embeddings by their place on the ground; the encoder is tested above."""
+    model = BEVSegmenter(SMALL).eval()
+    state, untouched = official_state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    report = load_official(model, state)
+    assert sorted(report["used"] + report["ignored"]) == sorted(state)
+    assert report["ignored"] == sorted(f"pts_bbox_head.{name}" for name in (
+        "query_embedding.weight", "code_weights", "transformer.reference_points.weight", "cls_branches.0.0.weight",
+        "transformer.decoder.layers.0.attentions.1.value_proj.weight"))
+    assert all(name.startswith(("refine", "classify")) for name in report["left"])
+    for name, value in model.state_dict().items():
+        if "num_batches_tracked" not in name:
+            assert torch.equal(value, untouched[name]) == (name in report["left"]), name
+
+    # The neck of mmdet: 1x1 convolutions, coarse added to fine, 3x3 convolutions.
+    head = {key.removeprefix("pts_bbox_head."): value for key, value in state.items()}
+    fine, coarse = maps = [torch.rand(1, n, *size) for n, size in ((128, (8, 8)), (256, (4, 4)))]
+    conv = torch.nn.functional.conv2d
+    lateral = [conv(x, state[f"img_neck.lateral_convs.{i}.conv.weight"], state[f"img_neck.lateral_convs.{i}.conv.bias"])
+               for i, x in enumerate(maps)]
+    lateral[0] = lateral[0] + torch.nn.functional.interpolate(lateral[1], scale_factor=2, mode="nearest")
+    for i, (x, ours) in enumerate(zip(lateral, model.fpn({"2": fine, "3": coarse}).values())):
+        weight, bias = (state[f"img_neck.fpn_convs.{i}.conv.{kind}"] for kind in ("weight", "bias"))
+        torch.testing.assert_close(ours, conv(x, weight, bias, padding=1))
+
+    # Their row 0 is at the rear, ours farthest ahead; column 0 is at the left in both.
+    (H, W), C = SMALL.bev_shape, SMALL.channels
+    can_bus = torch.nn.Sequential(torch.nn.Linear(18, C // 2), torch.nn.ReLU(), torch.nn.Linear(C // 2, C),
+                                  torch.nn.ReLU(), torch.nn.LayerNorm(C))
+    can_bus.load_state_dict({key.removeprefix("transformer.can_bus_mlp.").replace("norm", "4"): value
+                             for key, value in head.items() if "can_bus" in key})
+    query = head["bev_embedding.weight"].view(H, W, C) + can_bus(torch.zeros(18))
+    torch.testing.assert_close(model.query.view(H, W, C)[0, 3], query[H - 1, 3])
+    torch.testing.assert_close(model.query.view(H, W, C)[H - 2, 0], query[1, 0])
+    assert torch.equal(model.row[0], head["positional_encoding.row_embed.weight"][H - 1])
+    assert torch.equal(model.column[1], head["positional_encoding.col_embed.weight"][1])
+    assert torch.equal(model.level, head["transformer.level_embeds"][:2])
+    assert torch.equal(model.camera, head["transformer.cams_embeds"])
+
+
+@pytest.mark.parametrize("key, value, says", (
+    ("pts_bbox_head.transformer.encoder.layers.2.norms.0.weight", torch.ones(16), "layers.2.norms.0.weight has no"),
+    ("img_backbone.layer3.0.conv2.conv_offset.weight", torch.ones(1), "conv_offset.weight has no place"),
+    ("pts_bbox_head.transformer.cams_embeds", torch.ones(5, 16), "size mismatch for camera"),
+    ("pts_bbox_head.bev_embedding.weight", torch.ones(199, 16), "shape"),
+    ("pts_bbox_head.transformer.encoder.layers.0.attentions.0.attention_weights.bias", None, "attention_weights.bias")))
+def test_a_released_checkpoint_of_another_size_is_refused(key, value, says, tmp_path):
+    model = BEVSegmenter(SMALL)
+    state = official_state(model) | {key: value}
+    state = {k: v for k, v in state.items() if v is not None}
+    with pytest.raises(ValueError, match=says):
+        load_official(model, state)
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "b.pth")
+    with pytest.raises(SystemExit, match=f"b.pth does not fit --preset toy: .*{says}"):
+        initial_model(argparse.Namespace(init=str(tmp_path / "b.pth"), preset="toy"), SMALL, tmp_path / "x.pt")
+
+
+def test_training_starts_from_a_released_checkpoint(tmp_path, capsys):
+    state = official_state(BEVSegmenter(SMALL))
+    torch.save({"meta": {"CLASSES": ("car",)}, "state_dict": state}, tmp_path / "b.pth")
+    args = argparse.Namespace(init=str(tmp_path / "b.pth"), preset="toy")
+    model = initial_model(args, SMALL, tmp_path / "x.pt")
+    assert torch.equal(model.camera, state["pts_bbox_head.transformer.cams_embeds"])
+    assert len(args.init_digest) == 12 and "5 ignored: pts_bbox_head.cls_branches" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the whole network
-
-SMALL = Config(image_size=(72, 128), bev_shape=(20, 10), cell=1.0, channels=16, heads=2, ffn=32, layers=2)
-
 
 def frame(batch, config, seed=0, **where):
     """Random images and a rig: the arguments of BEVSegmenter.forward."""
@@ -106,7 +216,7 @@ def random_model(config):
     torch.manual_seed(0)
     model = BEVSegmenter(config).eval()
     for layer in model.encoder.layers:
-        for linear in (layer.temporal.offsets, layer.temporal.weights, layer.spatial.offsets, layer.spatial.weights):
+        for linear in (layer.temporal.guide, layer.temporal.guide_previous, layer.spatial.guide):
             torch.nn.init.normal_(linear.weight, std=0.3)
     return model
 
@@ -122,10 +232,37 @@ def test_two_rigs_in_one_batch_equal_two_runs():
         with_history = model(*first, previous[:1], has_previous[:1])
         without = model(*second)
     for b, (logits, features) in enumerate((with_history, without)):
-        torch.testing.assert_close(both[b:b + 1], logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(bev[b:b + 1], features, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(both[b:b + 1], logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(bev[b:b + 1], features, atol=1e-6, rtol=1e-6)
     with torch.no_grad():  # and the history makes a difference
         assert (model(*first)[0] - with_history[0]).abs().max() > 1e-3
+
+
+def test_checkpointing_and_bfloat16_change_no_result():
+    """Recomputed layers give the same gradients; bfloat16 rounds, and leaves where things are projected alone."""
+    model, inputs = random_model(SMALL), frame(1, SMALL)
+    rounded = {}
+    for how in ("plain", "checkpointing", "bf16"):
+        model.encoder.checkpointing = how == "checkpointing"
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "bf16"):
+            logits, _ = model(*inputs)
+        logits.float().square().mean().backward()
+        rounded[how] = logits.float(), model.encoder.layers[0].spatial.guide.weight.grad
+    for plain, again in zip(rounded["plain"], rounded["checkpointing"]):
+        torch.testing.assert_close(again, plain)
+    error = (rounded["bf16"][0] - rounded["plain"][0]).norm() / rounded["plain"][0].norm()
+    assert 1e-4 < error < 0.05
+
+
+def test_a_ring_of_cameras_that_sees_no_query():
+    """Cameras that look at the sky: the encoder still runs, and what they show makes no difference."""
+    model = random_model(SMALL)
+    image, K, ego_T_cam = frame(1, SMALL)
+    ego_T_cam[:, :, 2, 3] = -3.0  # below the ground, heights 0 and 0.5 m project above the images
+    K[..., 1, 2] = 1e5
+    with torch.no_grad():
+        assert torch.equal(model(image, K, ego_T_cam)[1], model(255 - image, K, ego_T_cam)[1])
 
 
 def test_queries_see_only_what_their_cameras_see():
@@ -253,14 +390,15 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_an_empty_split_is_named(tmp_path):
-    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0, out="out")
+    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", checkpointing=False)
     with pytest.raises(SystemExit, match="no train scene"):
         fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
 
 
 def train(path, steps, stop_at=None):
     """fit() on Pictures; stop_at kills it after that many steps, each of which was saved."""
-    args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0)
+    args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0, bf16=False,
+                              checkpointing=False)
     torch.manual_seed(0)
     model, done = BEVSegmenter(SMALL), []
 
