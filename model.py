@@ -120,8 +120,8 @@ class TemporalSelfAttention(nn.Module):
         nn.init.zeros_(self.guide_previous.weight)
 
     def forward(self, query, position, previous, current, reference):
-        """query, position, previous, current (B, Q, C); reference (H, W, 2): the queries' own places in pixels (x, y).
-        -> (B, Q, C)"""
+        """query, previous (B, Q, C), position, current (1 or B, Q, C): 1 if it is the same for all samples; reference
+        (H, W, 2): the queries' own places in pixels (x, y). -> (B, Q, C)"""
         (B, Q, C), (H, W, _), M, P = query.shape, reference.shape, self.M, self.P
         guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
         x, y, weights = guide.to(reference).view(B, Q, 3, M, 2, P).unbind(2)  # (B, Q, M, 2, P) each
@@ -129,9 +129,10 @@ class TemporalSelfAttention(nn.Module):
         weights = softmax(weights) / 2  # of each BEV; halved, as the two results are averaged
         # Without a history both are the same BEV, which is projected once.
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
-        maps = torch.stack(bevs, 1).view(-1, H, W, M, C // M)  # (B*1 or B*2, H, W, M, D)
-        source = torch.arange(len(maps), dtype=torch.int32, device=query.device).view(B, 1, 1, -1, 1)
-        source = source.expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)
+        maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (B, B+1 or 2B, H, W, M, D)
+        sample = torch.arange(B, dtype=torch.int32, device=query.device)
+        source = torch.stack((sample, sample * (len(current) > 1) + len(maps) - len(current)), -1)  # (B, 2)
+        source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)
         x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))
         return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
 
@@ -155,7 +156,6 @@ class SpatialCrossAttention(nn.Module):
         guide = self.guide(query).flatten(0, 1).index_select(0, cell).to(anchors)  # (R, 3*M*L*P)
         x, y, weights = guide.view(R, 3, M, L, P // Z, Z).unbind(1)  # (R, M, L, P/Z, Z) each
         weights = softmax(weights.reshape(R, M, L * P)).view(R, M, L, P)  # over all levels and points
-        source = camera.int().view(R, 1, 1)
         seen = 0
         for level, feature in enumerate(features):
             h, w = feature.shape[1:3]
@@ -164,7 +164,7 @@ class SpatialCrossAttention(nn.Module):
             # Values are projected once a layer and camera, not once a query: (B*N, h, w, M, D)
             maps = self.value(feature).unflatten(-1, (M, C // M))
             places = x_level.flatten(2), y_level.flatten(2)  # (R, M, P)
-            seen = seen + deformable_attention(maps, *places, weights[:, :, level], source)  # (R, C)
+            seen = seen + deformable_attention(maps, *places, weights[:, :, level], camera.view(R, 1, 1))  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
         total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, cell, seen)  # (B*Q, C)
         count = torch.bincount(cell, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
@@ -183,7 +183,7 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
     def forward(self, query, position, previous, current, reference, features, hits):
-        """query, position, previous, current (B, Q, C); the rest as in the two attentions. -> (B, Q, C)"""
+        """All as in the two attentions. -> (B, Q, C)"""
         query = self.norms[0](self.temporal(query, position, previous, current, reference))
         query = self.norms[1](self.spatial(query, features, hits))
         return self.norms[2](query + self.ffn(query))
@@ -199,14 +199,14 @@ class Encoder(nn.Module):
         self.checkpointing = False  # True: run layers again in the backward pass instead of storing what is in them
 
     def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None):
-        """first, position (B, Q, C): the BEV queries and their positions; features: (B*N, h, w, C) a level;
-        previous (B, Q, C): the last BEV, already warped into this ego frame; has_previous (B,) bool: False where a
-        sample has no history. Returns the BEV features (B, Q, C)."""
+        """first, position (1, Q, C): the BEV queries and their positions, the same for all samples; features
+        (B*N, h, w, C) a level; previous (B, Q, C): the last BEV, already warped into this ego frame; has_previous (B,)
+        bool: False where a sample has no history. Returns the BEV features (B, Q, C)."""
         c = self.config
         hits = pillars_in_cameras(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
         row, column = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in c.bev_shape), indexing="ij")
         reference = torch.stack((column, row), -1).to(K)  # (H, W, 2)
-        query = first
+        query = first.expand(len(K), -1, -1)  # (B, Q, C)
         for layer in self.layers:
             # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
             # without, both stand for the layer's own input.
@@ -276,7 +276,7 @@ class BEVSegmenter(nn.Module):
         position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
         if previous is not None:
             previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
-        bev = self.encoder(self.query.expand(B, -1, -1), position.flatten(0, 1), features, K, ego_T_cam, previous,
+        bev = self.encoder(self.query[None], position.view(1, H * W, -1), features, K, ego_T_cam, previous,
                            has_previous)  # (B, Q, C)
         bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, C, bev_H, bev_W)
         fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)

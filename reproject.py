@@ -190,7 +190,7 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
         anchors = uv / uv.new_tensor((w, h))
     inside = (depth > 1e-5) & (anchors > 0).all(-1) & (anchors < 1).all(-1)
     b, n, q = inside.any(-1).nonzero(as_tuple=True)
-    return b * N + n, b * len(xy) + q, anchors[b, n, q]
+    return (b * N + n).int(), b * len(xy) + q, anchors[b, n, q]
 
 
 def lift(image_scores, K, ego_T_cam, grid, weight=None):
@@ -274,12 +274,13 @@ class DeformableAttention(torch.autograd.Function):
         row_starts = torch.arange(0, len(columns) + 1, 4 * P, dtype=torch.int32, device=x.device)
         zeros = torch.zeros(len(columns), dtype=x.dtype, device=x.device)
         A = torch.sparse_csr_tensor(row_starts, columns, zeros, (len(grad), len(values)), check_invariants=False)
-        grad_share = torch.sparse.sampled_addmm(A, grad, values.t(), beta=0.0).values().view_as(share)
+        grad_share = torch.sparse.sampled_addmm(A, grad, values.t(), out=A).values().view_as(share)
         grads = torch.autograd.grad(share, leaves, grad_share)
         # dV = A.T @ grad: sorted by their first pixel, the points are bags again, and the same ones for each corner.
         margin = (w + 1) * M  # the first pixel may lie a row and a column before the map, where its share is 0
         first, order = (index[..., 0].flatten() + margin).sort()
-        starts = torch.searchsorted(first, torch.arange(len(values) + margin, dtype=torch.int32, device=x.device))
+        sizes = torch.bincount(first, minlength=len(values) + margin)
+        starts = sizes.cumsum(0) - sizes
         rows, share = order // P, share.detach().view(-1, 4).index_select(0, order)
         grad_values = torch.zeros_like(values)
         for step, part in zip((0, M, w * M, margin), share.unbind(1)):

@@ -46,7 +46,7 @@ def forward(encoder, c, inputs, history):
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
     shift = inputs["shift_xy"] if history else torch.zeros(B, 2).to(K)
     return encoder(inputs["bev_query"], values, c["bev_h"], c["bev_w"], inputs["bev_pos"], sizes, starts,
-                   inputs["prev_bev"] if history else None, shift, c["img_hw"], list(K.unbind(1)),
+                   inputs["prev_bev"] if history else None, shift, c["img_hw"], list(K[0]),  # one K for all samples
                    list(lidar_T_cam.unbind(1)), torch.eye(4).to(K).expand(B, 4, 4))
 
 

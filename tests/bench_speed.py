@@ -1,0 +1,372 @@
+"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, and the five stages.
+
+    python tests/bench_speed.py
+    python tests/bench_speed.py --parts encoder --sizes tiny
+
+Every measurement runs in a process of its own, with the allocator setting of the training scripts. Encoders of ours
+and of vis4d 1.0.0 (where it is installed, see peer.py) take turns, run by run, on the same inputs, with a history; in
+float32 they are first seen to give the same result. Memory is the growth of the process's peak in the first forward and
+backward pass; on a GPU, what PyTorch has allocated at most. FLOPs are those of matrix products and convolutions.
+
+The last line is JSON: time and memory of our encoder over vis4d's, the worst of the float32 and of the bfloat16 rows
+(null without vis4d).
+"""
+import argparse
+import importlib.util
+import json
+import math
+import multiprocessing
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peer import EGO_T_LIDAR, build, forward
+from rig import pose, surround
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import PRESETS, BEVSegmenter, Encoder, load_official, run_sequence, segmentation_loss
+from reproject import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("encoder", "scaling", "step", "stages")
+SCALING = {"queries": (25, 50, 100), "cameras": (1, 2, 3, 6), "levels": (1, 2, 4), "batch": (1, 2, 4)}
+
+
+def parse_args():
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Time and memory of the encoder, of a training step, of the stages.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what is measured")
+    parser.add_argument("--sizes", nargs="+", default=("tiny", "small"), choices=PRESETS, help="presets")
+    parser.add_argument("--batch", nargs="+", type=int, default=(1, 4), help="batch sizes of the encoder")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- what is run
+
+def rig(config, batch, cameras=6):
+    """K and ego_T_cam of a ring of cameras with the image size of `config`."""
+    yaws = (0, -55, 55, 180, 110, -110)[:cameras]
+    K, ego_T_cam = surround(batch, yaws)
+    K[..., :2, :] *= config.image_size[1] / 256
+    return K, ego_T_cam
+
+
+def encoder_inputs(config, batch, cameras=6):
+    """Random queries, positions (1, Q, C), history (B, Q, C) and features, (B*N, h, w, C) a level."""
+    generator = torch.Generator().manual_seed(0)
+    Q, C = math.prod(config.bev_shape), config.channels
+    sizes = [[n // 2 ** (stage + 1) for n in config.padded_size] for stage in config.stages]
+    first, position = (torch.randn(1, Q, C, generator=generator) for _ in range(2))
+    features = [torch.randn(batch * cameras, *size, C, generator=generator) for size in sizes]
+    return first, position, torch.randn(batch, Q, C, generator=generator), features
+
+
+def our_encoder(config, batch, device, cameras=6, weights=None, bf16=False):
+    """A function that runs forward and backward and returns the output (B, Q, C)."""
+    torch.manual_seed(0)
+    encoder = Encoder(config)
+    if weights:
+        model = BEVSegmenter(replace(config, backbone="resnet10"))  # the backbone is not used
+        load_official(model, torch.load(weights, weights_only=True))
+        encoder = model.encoder
+    encoder.to(device)
+    K, ego_T_cam = (t.to(device) for t in rig(config, batch, cameras))
+    first, position, previous, features = encoder_inputs(config, batch, cameras)
+    first, position, *features = (t.to(device).requires_grad_() for t in (first, position, *features))
+    previous, has_previous = previous.to(device), torch.ones(batch, dtype=torch.bool, device=device)
+    gradient = torch.ones_like(previous)
+
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            output = encoder(first, position, features, K, ego_T_cam, previous, has_previous)
+        output.backward(gradient.to(output.dtype))
+        return output.detach()
+    return run
+
+
+def vis4d_config(config):
+    """The `config` of peer.py for one of ours."""
+    (x0, x1), (y0, y1), z = config.x_range, config.y_range, config.heights
+    return {"embed_dims": config.channels, "num_heads": config.heads, "num_levels": len(config.stages), "num_cams": 6,
+            "num_points_sca": config.points_spatial, "num_points_tsa": config.points_temporal, "ffn_dims": config.ffn,
+            "num_points_in_pillar": len(z), "num_layers": config.layers, "bev_h": config.bev_shape[0],
+            "bev_w": config.bev_shape[1], "img_hw": config.padded_size,
+            "pc_range": (-y1, x0, z[0] - 0.5, -y0, x1, z[-1] + 0.5)}
+
+
+def vis4d_encoder(config, batch, device, weights=None, bf16=False):
+    """As our_encoder, in vis4d's axes: rows from the rear, queries first."""
+    torch.manual_seed(0)
+    c, (H, W) = vis4d_config(config), config.bev_shape
+    encoder = build(c).to(device)
+    if weights:
+        torch.save({f"pts_bbox_head.transformer.encoder.{k}": v for k, v in encoder.state_dict().items()}, weights)
+    K, ego_T_cam = rig(config, batch)
+    first, position, previous, features = encoder_inputs(config, batch)
+
+    def turned(bev):  # (B, Q, C), row 0 ahead -> (Q, B, C), row 0 at the rear
+        return bev.unflatten(1, (H, W)).flip(1).flatten(1, 2).transpose(0, 1).to(device)
+
+    feats = [f.unflatten(0, (batch, 6)).permute(0, 1, 4, 2, 3).to(device).requires_grad_() for f in features]
+    leaves = [turned(t).requires_grad_() for t in (first, position)]
+    inputs = {"prev_bev": turned(previous), "shift_xy": torch.zeros(batch, 2, device=device), "feats": feats,
+              "K": K.to(device), "lidar_T_cam": (EGO_T_LIDAR.T @ ego_T_cam).to(device)}
+
+    gradient = torch.ones(batch, H * W, config.channels, device=device)
+
+    def run():
+        queries = {k: v.expand(-1, batch, -1) for k, v in zip(("bev_query", "bev_pos"), leaves)}
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            output = forward(encoder, c, inputs | queries, history=True)  # (B, Q, C)
+        output.backward(gradient.to(output.dtype))
+        return turned(output.detach()).transpose(0, 1)
+    return run
+
+
+def training_step(config, batch, device, bf16=False, checkpointing=False):
+    """One step of stage 04 on random pictures and maps: history, loss, gradients, AdamW."""
+    torch.manual_seed(0)
+    model = BEVSegmenter(config).to(device).train()
+    model.encoder.checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(model.parameters())
+    T, (K, ego_T_cam) = config.history + 1, rig(config, batch)
+    data = {"image": torch.randint(0, 256, (batch, T, 6, 3, *config.image_size), dtype=torch.uint8),
+            "K": K[:, None].expand(-1, T, -1, -1, -1), "ego_T_cam": ego_T_cam[:, None].expand(-1, T, -1, -1, -1),
+            "linked": torch.arange(T).expand(batch, T) > 0,
+            "world_T_ego": torch.stack([pose(t, 0, 0) for t in range(T)]).expand(batch, T, 4, 4)}
+    data = {key: value.to(device) for key, value in data.items()}
+    truth = torch.randint(0, 4, (batch, *config.grid.shape), dtype=torch.uint8, device=device)
+
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            logits, _ = run_sequence(model, data)
+            loss = segmentation_loss(logits, truth, (1.0, 4.0, 2.0, 4.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return run
+
+
+# ---------------------------------------------------------------- how it is measured
+
+def resident():
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve(pipe, make, kwargs):
+    """In a process of its own: build, answer with memory, FLOPs and output of a first run, then time each more."""
+    keep_freed_memory()
+    device = kwargs["device"]
+    run = make(**kwargs)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resident()
+    output = run()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    pipe.send((peak - before, counter.get_total_flops(), None if output is None else output[0, ::97].cpu()))
+    while pipe.recv():
+        began = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - began)
+
+
+class Worker:
+    """A process that runs what `make(**kwargs)` returns. `failed`: it was killed, most likely for want of memory."""
+
+    def __init__(self, make, **kwargs):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, make, kwargs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seconds, self.failed = [], False
+        self.memory, self.flops, self.output = self.answer() or (None, None, None)
+
+    def answer(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.failed = True
+
+    def time(self, count=True):
+        """One more run, counted or not."""
+        if not self.failed:
+            self.pipe.send(True)
+            seconds = self.answer()
+            if count and not self.failed:
+                self.seconds.append(seconds)
+
+    def stop(self):
+        """End the process and free its memory."""
+        self.process.kill()
+        self.process.join()
+        return self
+
+
+def measure(make, runs, warm_up=2, **kwargs):
+    """A finished Worker with `runs` timed runs."""
+    worker = Worker(make, **kwargs)
+    for i in range(warm_up + runs):
+        worker.time(count=i >= warm_up)
+    return worker.stop()
+
+
+def spread(values, scale=1.0, digits=2):
+    """Median and (lowest .. highest)."""
+    return (f"{statistics.median(values) * scale:.{digits}f} "
+            f"({min(values) * scale:.{digits}f} .. {max(values) * scale:.{digits}f})")
+
+
+def matmul_peak(device):
+    """FLOP/s of a 2048^3 float32 product, the median of nine."""
+    a, b, seconds = torch.randn(2048, 2048, device=device), torch.randn(2048, 2048, device=device), []
+    for _ in range(12):
+        began = time.perf_counter()
+        (a @ b).sum().item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048 ** 3 / statistics.median(seconds[3:])
+
+
+def row(*cells):
+    """A line of a Markdown table, shown at once."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+# ---------------------------------------------------------------- the parts
+
+def compare_encoders(args, peak):
+    """The side-by-side table. Returns {"": (time, memory) ratios of the float32 rows, "_bf16": of the others}."""
+    row("encoder, forward + backward", "batch", "ours s", "GFLOP", "of matmul peak", "ours MB", "vis4d s", "vis4d MB",
+        "time", "memory")
+    row(*["---"] * 10)
+    ratios = {"": [], "_bf16": []}
+    for size in args.sizes:
+        for batch, bf16 in [(batch, False) for batch in args.batch] + [(1, True)]:
+            ours, peer = take_turns(args, config=PRESETS[size], batch=batch, device=args.device, bf16=bf16)
+            share = ours.flops / statistics.median(ours.seconds) / peak  # the peak is that of float32
+            cells = [size + " bf16" * bf16, batch, spread(ours.seconds), round(ours.flops / 1e9),
+                     "" if bf16 else f"{share:.0%}", round(ours.memory / 1e6)]
+            if peer and not peer.failed:
+                if batch == 1 and not bf16:  # with more, vis4d mixes up samples, as the official code does
+                    torch.testing.assert_close(ours.output, peer.output, atol=1e-3, rtol=1e-3)
+                pairs = [a / b for a, b in zip(ours.seconds, peer.seconds)]
+                memory = ours.memory / peer.memory
+                ratios["_bf16" * bf16].append((statistics.median(pairs), memory))
+                cells += [spread(peer.seconds), round(peer.memory / 1e6), spread(pairs), f"{memory:.2f}"]
+            else:
+                cells += ["out of memory" if peer else "not installed", "", "", ""]
+            row(*cells)
+    return ratios
+
+
+def take_turns(args, **case):
+    """Finished Workers of ours and of vis4d (None where it is not installed), timed alternately."""
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("vis4d") is None:
+            return measure(our_encoder, args.runs, 3, **case), None
+        case["weights"] = f"{folder}/weights.pt"  # vis4d's, written by its worker and read by ours
+        peer = Worker(vis4d_encoder, **case)
+        ours = Worker(our_encoder, **case)
+        for i in range(3 + args.runs):
+            ours.time(count=i >= 3), peer.time(count=i >= 3)
+        return ours.stop(), peer.stop()
+
+
+def scaling(args):
+    """Time and memory of our encoder against queries, cameras, levels and batch, with the fitted exponents."""
+    base = replace(PRESETS["tiny"], channels=128, layers=2)
+    row("grows with", "values", "seconds", "MB", "exponent of time", "of memory")
+    row(*["---"] * 6)
+    for axis, values in SCALING.items():
+        workers = []
+        for value in values:
+            config, batch, cameras = base, 1, 6
+            if axis == "queries":
+                config = replace(base, bev_shape=(value, value))
+            elif axis == "levels":
+                config = replace(base, stages=(4,) * value)
+            else:
+                batch, cameras = (value, 6) if axis == "batch" else (1, value)
+            workers.append(measure(our_encoder, args.runs, config=config, batch=batch, cameras=cameras,
+                                   device=args.device))
+        numbers = [value ** 2 for value in values] if axis == "queries" else values
+        seconds, memory = [statistics.median(w.seconds) for w in workers], [w.memory for w in workers]
+        row(axis, ", ".join(map(str, numbers)), ", ".join(f"{s:.3f}" for s in seconds),
+            ", ".join(f"{m / 1e6:.0f}" for m in memory), f"{exponent(numbers, seconds):.2f}",
+            f"{exponent(numbers, memory):.2f}")
+
+
+def exponent(x, y):
+    """The slope of log y over log x, by least squares."""
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (x, y))
+    return ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+
+
+def training_steps(args, peak):
+    """A whole training step at batch 1, also in bfloat16 and with checkpointing."""
+    row("training step, batch 1", "seconds", "GFLOP", "of float32 matmul peak", "MB")
+    row(*["---"] * 5)
+    for size in args.sizes:
+        for how in ({}, {"bf16": True}, {"checkpointing": True}):
+            worker = measure(training_step, args.runs, 1, config=PRESETS[size], batch=1, device=args.device, **how)
+            name = " ".join((size, *how))
+            if worker.failed:
+                row(name, "out of memory", "", "", "")
+                continue
+            share = worker.flops / statistics.median(worker.seconds) / peak
+            row(name, spread(worker.seconds), round(worker.flops / 1e9), f"{share:.0%}", round(worker.memory / 1e6))
+
+
+def stages(args):
+    """Items a second of the five stages on a small embedded world, as their progress bars say."""
+    commands = {"01_pseudolabel.py": [], "02_bev_gt.py": [], "03_pretrain.py": ["--steps", 30],
+                "04_finetune.py": ["--steps", 30], "05_eval.py": ["--split", "train"]}
+    row("stage (toy preset)", "throughput")
+    row(*["---"] * 2)
+    with tempfile.TemporaryDirectory() as folder:
+        small = ["--train-scenes", 6, "--val-scenes", 1]
+        subprocess.run([sys.executable, ROOT / "tests/toyworld.py", *map(str, small)], cwd=folder, check=True,
+                       capture_output=True)
+        for script, flags in commands.items():
+            flags += ["--device", args.device] if script != "02_bev_gt.py" else []
+            if script == "01_pseudolabel.py":
+                flags += ["--segmenter", ROOT / "tests/toy_segmenter"]
+            command = [sys.executable, ROOT / script, *map(str, flags)]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"error: {script} failed: {done.stderr}")
+            rate, per, unit = re.findall(r"([\d.]+) ?(s/)?(image|scene|step|frame)(?:/s)?[,\]]", done.stderr)[-1]
+            row(script, f"{1 / float(rate) if per else float(rate):.2f} {unit}s a second")
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    peak = matmul_peak(args.device)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, float32 matmul peak {peak / 1e9:.0f} GFLOP/s; "
+          f"median (lowest .. highest) of {args.runs} runs\n")
+    ratios = compare_encoders(args, peak) if "encoder" in args.parts else {"": [], "_bf16": []}
+    for part, function in (("scaling", lambda: scaling(args)), ("step", lambda: training_steps(args, peak)),
+                           ("stages", lambda: stages(args))):
+        if part in args.parts:
+            print()
+            function()
+    print(json.dumps({f"encoder_{what}_ratio{kind}": round(max(pair[i] for pair in pairs), 3) if pairs else None
+                      for kind, pairs in ratios.items() for i, what in enumerate(("time", "memory"))}))
