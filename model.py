@@ -5,7 +5,8 @@
 `Config` and `PRESETS` say how large everything is. `BEVSegmenter` is the network; its encoder is BEVFormer (Li et al.,
 ECCV 2022, arXiv 2203.17270): a grid of BEV queries that look at the previous BEV (temporal self-attention, section 3.4)
 and at the camera features where their ground is seen (spatial cross-attention, section 3.3), both by deformable
-attention (Deformable DETR, arXiv 2010.04159). Then the loss, the score, and the training loop of stages 03 and 04.
+attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights of a released BEVFormer. Then the
+loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads, L feature levels, P sampling points, Z heights of a pillar,
 H x W cells of a BEV grid, Q = H*W queries (row by row), h x w pixels. Axes: see reproject.py.
@@ -114,8 +115,7 @@ class TemporalSelfAttention(nn.Module):
         # Where to look and with what weight: (x, y, weight) x heads x 2 BEVs x points
         self.guide = nn.Linear(C, 3 * self.M * 2 * self.P)
         self.guide_previous = nn.Linear(C, 3 * self.M * 2 * self.P, bias=False)
-        self.value = nn.Linear(C, C)
-        self.output = nn.Linear(C, C)
+        self.value, self.output = nn.Linear(C, C), nn.Linear(C, C)
         init_guide(self.guide, self.M, 2, self.P)
         nn.init.zeros_(self.guide_previous.weight)
 
@@ -144,8 +144,7 @@ class SpatialCrossAttention(nn.Module):
         super().__init__()
         C, self.M, self.P, self.L = config.channels, config.heads, config.points_spatial, len(config.stages)
         self.guide = nn.Linear(C, 3 * self.M * self.L * self.P)  # (x, y, weight) x heads x levels x points
-        self.value = nn.Linear(C, C)
-        self.output = nn.Linear(C, C)
+        self.value, self.output = nn.Linear(C, C), nn.Linear(C, C)
         init_guide(self.guide, self.M, self.L, self.P, len(config.heights))
 
     def forward(self, query, features, hits):
@@ -183,7 +182,7 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
     def forward(self, query, position, previous, current, reference, features, hits):
-        """All as in the two attentions. -> (B, Q, C)"""
+        """Arguments as in the two attentions. -> (B, Q, C)"""
         query = self.norms[0](self.temporal(query, position, previous, current, reference))
         query = self.norms[1](self.spatial(query, features, hits))
         return self.norms[2](query + self.ffn(query))

@@ -13,7 +13,8 @@ Places and directions, stated once:
 
 The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is cut with the ground
 and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp` carries a
-BEV grid from one ego frame to another. `Frames` is the data set that stages 03 to 05 read.
+BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to. `Frames`
+is the data set that stages 03 to 05 read.
 """
 import contextlib
 import ctypes

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from test_model import official_state
 
+from model import PRESETS, BEVSegmenter
 from reproject import CAMERAS, save_pt
 
 
@@ -86,6 +88,7 @@ def test_finished_stages_do_nothing(world):
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps and --batch-size are at least 1"),
+    ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
     ("03_pretrain.py", ["--steps", "3", "--temporal", "0.1"], "was trained with temporal 0.5, not 0.1"),
     ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: give one of 03"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
@@ -93,6 +96,21 @@ def test_finished_stages_do_nothing(world):
 ])
 def test_bad_input_is_one_line(world, script, args, says):
     assert says in run(script, *args, cwd=world, ok=False)
+
+
+def test_a_released_bevformer_is_a_start(world):
+    """--init FILE.pth for 03 and 04, in bfloat16 and with checkpointing; one that does not fit is refused in one line."""
+    state = official_state(BEVSegmenter(PRESETS["toy"]))
+    torch.save({"meta": {"epoch": 24}, "state_dict": state}, world / "official.pth")
+    flags = ["--init", "official.pth", "--name", "official", "--steps", 1]
+    output = run("03_pretrain.py", *flags, "--bf16", "--checkpointing", cwd=world)
+    assert "5 ignored: pts_bbox_head.cls_branches.0.0.weight" in output and "left: refine.0.weight" in output
+    assert torch.load(world / "out/official.pt", weights_only=True)["args"]["bf16"]
+    run("04_finetune.py", *flags[:2], "--name", "official_4", "--steps", 1, "--bf16", cwd=world)
+    state["pts_bbox_head.bev_embedding.weight"] = torch.zeros(2500, 64)
+    torch.save({"state_dict": state}, world / "official.pth")
+    line = run("04_finetune.py", *flags[:2], "--name", "b", cwd=world, ok=False)
+    assert "official.pth does not fit --preset toy" in line
 
 
 def test_checkpoint_of_another_architecture(world):
