@@ -4,7 +4,7 @@ The network predicts a BEV map; `render` lays it on the ground and looks at it t
 compares what each camera would see with the pseudo-label of that camera. A temporal loss keeps the prediction equal to
 that of the frame before, carried into the current frame by the known motion. (Phase 1 of the paper.)
 
-Reads  out/frames/<scene>.pt of the training scenes, out/splits.json
+Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end
 
     python 03_pretrain.py
@@ -63,7 +63,7 @@ def temporal_loss(logits, before, batch, grid):
     prev_T_cur = relative_pose(pose[:, -2], pose[:, -1])
     seen = [cells_in_cameras(K[:, t], ego_T_cam[:, t], batch["label"].shape[-2:], grid)[1].any(1) for t in (-2, -1)]
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
-    carried, _ = warp(torch.cat((before.softmax(1), seen[0].unsqueeze(1).float()), 1), prev_T_cur, grid)
+    carried, _ = warp(torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1), prev_T_cur, grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     difference = (logits.float().softmax(1) - carried[:, :-1]).square().sum(1)  # (B, H, W)
     return (difference * both).sum() / both.sum().clamp(min=1)

@@ -59,8 +59,7 @@ if __name__ == "__main__":
     scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
     frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
-    # Compared when a run goes on: names may stay while the labels or the weights behind them change.
-    args.data = frames.digest
+    args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     model = initial_model(args, config, path).to(args.device)
 
     def loss_fn(batch):

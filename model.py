@@ -8,8 +8,8 @@ and at the camera features where their ground is seen (spatial cross-attention, 
 attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights of a released BEVFormer. Then the
 loss, the score, and the training loop of stages 03 and 04.
 
-Shapes: B batch, N cameras, C channels, M heads, L feature levels, P sampling points, Z heights of a pillar,
-H x W cells of a BEV grid, Q = H*W queries (row by row), h x w pixels. Axes: see reproject.py.
+Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
+cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels. Axes: see reproject.py.
 """
 import hashlib
 import math
@@ -23,14 +23,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, batch_indices, deformable_attention, learning_rate,
-                       keep_freed_memory, load_pt, pillars_in_cameras, relative_pose, save_pt, warp, watched)
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, batch_indices, deformable_attention,
+                       keep_freed_memory, learning_rate, load_pt, pillars_in_cameras, relative_pose, save_pt, softmax,
+                       warp, watched)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -83,12 +84,6 @@ PRESETS = {
 
 # ---------------------------------------------------------------- deformable attention
 
-def softmax(weights):
-    """Softmax over the last axis; for a handful of numbers, five times as fast on the CPU as torch's."""
-    e = (weights - weights.detach().amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
-
 def init_guide(linear, heads, levels, points, group=1):
     """Start as Deformable DETR does: each head looks in a direction of its own, ever farther, but from 0 steps on.
 
@@ -126,14 +121,15 @@ class TemporalSelfAttention(nn.Module):
         guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
         x, y, weights = guide.to(reference).view(B, Q, 3, M, 2, P).unbind(2)  # (B, Q, M, 2, P) each
         x, y = (offset + place.view(Q, 1, 1, 1) for offset, place in zip((x, y), reference.unbind(-1)))
-        weights = softmax(weights) / 2  # of each BEV; halved, as the two results are averaged
+        weights = softmax(weights) / 2  # over the points in each BEV; halved, as the two results are averaged
         # Without a history both are the same BEV, which is projected once.
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
-        maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (B, B+1 or 2B, H, W, M, D)
+        maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B, B+1 or 2B
+        # Which map is a sample's previous BEV, and which its current one: there are len(current) of these, at the end.
         sample = torch.arange(B, dtype=torch.int32, device=query.device)
         source = torch.stack((sample, sample * (len(current) > 1) + len(maps) - len(current)), -1)  # (B, 2)
-        source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)
-        x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))
+        source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)  # (B*Q, 1, 2*P)
+        x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))  # (B*Q, M, 2*P)
         return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
 
 
@@ -206,17 +202,18 @@ class Encoder(nn.Module):
         row, column = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in c.bev_shape), indexing="ij")
         reference = torch.stack((column, row), -1).to(K)  # (H, W, 2)
         query = first.expand(len(K), -1, -1)  # (B, Q, C)
+        all_linked = previous is not None and has_previous.all()
         for layer in self.layers:
             # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
             # without, both stand for the layer's own input.
             if previous is None:
                 then = now = query
-            elif has_previous.all():
+            elif all_linked:
                 then, now = previous, first
             else:
                 then, now = (torch.where(has_previous.view(-1, 1, 1), bev, query) for bev in (previous, first))
             inputs = query, position, then, now, reference, features, hits
-            query = checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
+            query = recompute(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
         return query
 
 
@@ -323,9 +320,8 @@ def load_official(model, state_dict):
     """Fill a BEVSegmenter with the parameters of a released BEVFormer detector (its `state_dict`), in our axes.
 
     The BEV of BEVFormer has row 0 at the rear: queries, row embeddings and the y of temporal offsets are flipped. We do
-    not read the CAN bus: the queries take in what its network says to zeros, which official code feeds it where a scene
-    has none. Returns {"used", "ignored": official names; ignored is the detection decoder, "left": our names that keep
-    their start}. Raises ValueError, naming the parameter, if one does not fit.
+    not read the CAN bus: queries take in what its network says to zeros. Returns {"used", "ignored": their names, the
+    latter the detection decoder; "left": ours that keep their start}. Raises ValueError, naming what does not fit.
     """
     (H, W), C, ours, used = model.config.bev_shape, model.config.channels, {}, {}
     for key, value in state_dict.items():
@@ -382,8 +378,7 @@ def count_overlap(prediction, target):
     valid = target != IGNORE
     pair = NUM_CLASSES * target[valid].long() + prediction[valid].long()
     confusion = torch.bincount(pair, minlength=NUM_CLASSES ** 2).view(NUM_CLASSES, NUM_CLASSES)  # [target, prediction]
-    intersection = confusion.diag()
-    return torch.stack((intersection, confusion.sum(0) + confusion.sum(1) - intersection))
+    return torch.stack((confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()))
 
 
 def iou(overlap):
@@ -409,8 +404,8 @@ def load_checkpoint(path, remedy, config=None):
     except TypeError as error:
         sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
     if config is not None and found != config:
-        mine, theirs = asdict(config), asdict(found)
-        differs = ", ".join(f"{k} {theirs[k]} (expected {mine[k]})" for k in mine if mine[k] != theirs[k])
+        pairs = ((key, value, getattr(config, key)) for key, value in vars(found).items())
+        differs = ", ".join(f"{key} {theirs} (expected {mine})" for key, theirs, mine in pairs if mine != theirs)
         sys.exit(f"error: {path} is of another architecture: {differs}: {remedy}")
     model = BEVSegmenter(found)
     try:
@@ -423,32 +418,37 @@ def load_checkpoint(path, remedy, config=None):
 def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
     checkpoint of 03 or of a released BEVFormer (.pth). args.init_digest then says which weights these were."""
-    model, args.init_digest = BEVSegmenter(config), None
+    model, args.init_digest, goes_on = BEVSegmenter(config), None, Path(path).exists()
     if args.init == "scratch":
-        if not Path(path).exists():  # a run that goes on has its weights already
+        if not goes_on:  # a run that goes on has its weights already
             model.load_backbone_weights()
+        return model
+    if goes_on and not Path(args.init).exists():
+        args.init_digest = load_checkpoint(path, "delete it or choose another --name")[0]["args"].get("init_digest")
         return model
     if args.init.endswith(".pth"):
         content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
         try:
             report = load_official(model, content.get("state_dict", content))
+            for name in report["left"]:
+                if not name.startswith(("refine", "classify")):
+                    raise ValueError(f"nothing in it is our {name}")
         except (AttributeError, ValueError) as error:
             sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
-        print(f"{args.init}: " + "\n  ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in report.items()))
+        print("{}: {} parameters used, {} of the detector ignored; left at their start: {}".format(
+            args.init, len(report["used"]), len(report["ignored"]), ", ".join(report["left"])))
     else:
         checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
         if checkpoint["step"] < checkpoint["args"]["steps"]:
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again with the same flags, it goes on from there")
-    args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]
+    args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]  # compared when a run goes on
     return model
 
 
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
-
-    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar); args: the flags of 03 or 04.
-    """
+    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar); args: the flags of 03 or 04."""
     keep_freed_memory()
     model.encoder.checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
@@ -485,8 +485,9 @@ def resume(model, optimizer, args, path):
         return 0
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
-    for key in vars(args).keys() - {"device", "workers", "checkpointing", "out", "name", "init"}:
-        if checkpoint["args"].get(key) != (value := getattr(args, key)):
+    for key, value in vars(args).items():
+        free = key in ("device", "workers", "checkpointing", "out", "name", "init")
+        if not free and checkpoint["args"].get(key) != value:
             sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")

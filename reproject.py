@@ -9,12 +9,13 @@ Places and directions, stated once:
   mounting and the few decimetres the car moved between the LIDAR_TOP time and the exposure.
 - img: (u, v) in pixels, u to the right, v down; the centre of the top left pixel is (0.5, 0.5).
 - BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
-  transpose exists outside this file.
+  transpose exists outside this file, but where `load_official` (model.py) turns weights that were trained otherwise.
 
 The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is cut with the ground
 and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp` carries a
 BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to. `Frames`
-is the data set that stages 03 to 05 read.
+is the data set that stages 03 to 05 read. At the end stands what the training stages share besides the network: the
+order of the samples, the learning rate, the check of flags.
 """
 import contextlib
 import ctypes
@@ -26,6 +27,7 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +43,6 @@ NUM_CLASSES = len(CLASSES)
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 
 
@@ -246,6 +247,10 @@ def corners(x, y, weights, source, height, width):
     return rows, torch.stack((top * left, top * right, bottom * left, bottom * right), -1)
 
 
+# The one operation of it that we use, sampled_addmm, is compared with an independent implementation in tests.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
 class DeformableAttention(torch.autograd.Function):
     """Weighted sum of bilinear samples as a product A @ V: V has the values, a row a pixel and head; A is sparse.
 
@@ -270,24 +275,30 @@ class DeformableAttention(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (x, y, weights)]
             index, share = corners(*leaves, source, h, w)
-        # dA = grad @ V.T, at the entries of A alone.
-        columns = index.flatten().clamp(0, len(values) - 1)
+        # dA = grad @ V.T, at the entries of A alone. A row may have a column twice: each entry gets its own product.
+        columns = index.flatten().clamp(0, len(values) - 1)  # (R*M*P*4,)
         row_starts = torch.arange(0, len(columns) + 1, 4 * P, dtype=torch.int32, device=x.device)
         zeros = torch.zeros(len(columns), dtype=x.dtype, device=x.device)
         A = torch.sparse_csr_tensor(row_starts, columns, zeros, (len(grad), len(values)), check_invariants=False)
-        grad_share = torch.sparse.sampled_addmm(A, grad, values.t(), out=A).values().view_as(share)
+        grad_share = torch.sparse.sampled_addmm(A, grad, values.t(), out=A).values().view_as(share)  # (R, M, P, 4)
         grads = torch.autograd.grad(share, leaves, grad_share)
         # dV = A.T @ grad: sorted by their first pixel, the points are bags again, and the same ones for each corner.
         margin = (w + 1) * M  # the first pixel may lie a row and a column before the map, where its share is 0
-        first, order = (index[..., 0].flatten() + margin).sort()
+        first, order = (index[..., 0].flatten() + margin).sort()  # (R*M*P,)
         sizes = torch.bincount(first, minlength=len(values) + margin)
-        starts = sizes.cumsum(0) - sizes
-        rows, share = order // P, share.detach().view(-1, 4).index_select(0, order)
+        starts = sizes.cumsum(0) - sizes  # of the bags
+        rows, share = order // P, share.detach().view(-1, 4).index_select(0, order)  # (R*M*P,), (R*M*P, 4)
         grad_values = torch.zeros_like(values)
         for step, part in zip((0, M, w * M, margin), share.unbind(1)):
-            total = F.embedding_bag(rows, grad, starts, per_sample_weights=part.contiguous(), mode="sum")
+            total = F.embedding_bag(rows, grad, starts, per_sample_weights=part.contiguous(), mode="sum")  # (bags, D)
             grad_values += total[margin - step:][:len(values)]
         return grad_values.view_as(maps), *grads, None
+
+
+def softmax(weights):
+    """Softmax over the last axis; for a handful of numbers, five times as fast on the CPU as torch's."""
+    e = (weights - weights.detach().amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
 
 
 def deformable_attention(maps, x, y, weights, source):
@@ -414,7 +425,8 @@ def save_json(content, path):
 def load_pt(path, remedy):
     """Read a .pt (tensors, strings, numbers, lists, dicts only), or stop with one line that ends in the remedy."""
     try:
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        return torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
     except FileNotFoundError:
         sys.exit(f"error: {path} is missing: {remedy}")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError):

@@ -99,18 +99,22 @@ def test_bad_input_is_one_line(world, script, args, says):
 
 
 def test_a_released_bevformer_is_a_start(world):
-    """--init FILE.pth for 03 and 04, in bfloat16 and with checkpointing; one that does not fit is refused in one line."""
+    """--init FILE.pth for 03 and 04, in bfloat16 and with checkpointing; another file of that name is noticed."""
     state = official_state(BEVSegmenter(PRESETS["toy"]))
     torch.save({"meta": {"epoch": 24}, "state_dict": state}, world / "official.pth")
     flags = ["--init", "official.pth", "--name", "official", "--steps", 1]
     output = run("03_pretrain.py", *flags, "--bf16", "--checkpointing", cwd=world)
-    assert "5 ignored: pts_bbox_head.cls_branches.0.0.weight" in output and "left: refine.0.weight" in output
+    assert "5 of the detector ignored; left at their start: refine.0.weight" in output
     assert torch.load(world / "out/official.pt", weights_only=True)["args"]["bf16"]
     run("04_finetune.py", *flags[:2], "--name", "official_4", "--steps", 1, "--bf16", cwd=world)
-    state["pts_bbox_head.bev_embedding.weight"] = torch.zeros(2500, 64)
+
+    again = "03_pretrain.py", *flags, "--bf16"  # it goes on, or is finished, with the same file and without it
+    assert "nothing to do" in run(*again, cwd=world)
+    (world / "official.pth").rename(world / "away.pth")
+    assert "nothing to do" in run(*again, cwd=world)
+    state["pts_bbox_head.code_weights"] += 1
     torch.save({"state_dict": state}, world / "official.pth")
-    line = run("04_finetune.py", *flags[:2], "--name", "b", cwd=world, ok=False)
-    assert "official.pth does not fit --preset toy" in line
+    assert "was trained with init_digest" in run(*again, cwd=world, ok=False)
 
 
 def test_checkpoint_of_another_architecture(world):
