@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, batch_indices, deformable_attention,
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, Linear, batch_indices, deformable_attention,
                        keep_freed_memory, learning_rate, load_pt, pillars_in_cameras, relative_pose, save_pt, softmax,
                        warp, watched)
 
@@ -108,9 +108,9 @@ class TemporalSelfAttention(nn.Module):
         super().__init__()
         C, self.M, self.P = config.channels, config.heads, config.points_temporal
         # Where to look and with what weight: (x, y, weight) x heads x 2 BEVs x points
-        self.guide = nn.Linear(C, 3 * self.M * 2 * self.P)
-        self.guide_previous = nn.Linear(C, 3 * self.M * 2 * self.P, bias=False)
-        self.value, self.output = nn.Linear(C, C), nn.Linear(C, C)
+        self.guide = Linear(C, 3 * self.M * 2 * self.P)
+        self.guide_previous = Linear(C, 3 * self.M * 2 * self.P, bias=False)
+        self.value, self.output = Linear(C, C), Linear(C, C)
         init_guide(self.guide, self.M, 2, self.P)
         nn.init.zeros_(self.guide_previous.weight)
 
@@ -139,8 +139,8 @@ class SpatialCrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.M, self.P, self.L = config.channels, config.heads, config.points_spatial, len(config.stages)
-        self.guide = nn.Linear(C, 3 * self.M * self.L * self.P)  # (x, y, weight) x heads x levels x points
-        self.value, self.output = nn.Linear(C, C), nn.Linear(C, C)
+        self.guide = Linear(C, 3 * self.M * self.L * self.P)  # (x, y, weight) x heads x levels x points
+        self.value, self.output = Linear(C, C), Linear(C, C)
         init_guide(self.guide, self.M, self.L, self.P, len(config.heights))
 
     def forward(self, query, features, hits):
@@ -174,7 +174,7 @@ class EncoderLayer(nn.Module):
         C = config.channels
         self.temporal = TemporalSelfAttention(config)
         self.spatial = SpatialCrossAttention(config)
-        self.ffn = nn.Sequential(nn.Linear(C, config.ffn), nn.ReLU(), nn.Linear(config.ffn, C))
+        self.ffn = nn.Sequential(Linear(C, config.ffn), nn.ReLU(), Linear(config.ffn, C))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
     def forward(self, query, position, previous, current, reference, features, hits):

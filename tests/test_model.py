@@ -10,7 +10,7 @@ from rig import pose, surround
 
 from model import (PRESETS, BEVSegmenter, Config, count_overlap, fit, initial_model, iou, load_checkpoint,
                    load_official, run_sequence, segmentation_loss)
-from reproject import (IGNORE, batch_indices, deformable_attention, learning_rate, pillars_in_cameras, render,
+from reproject import (IGNORE, Linear, batch_indices, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
 HERE = Path(__file__).parent
@@ -291,6 +291,19 @@ def test_the_gpu_gives_the_same():
     with torch.no_grad():
         cpu, gpu = model(*inputs)[1], model.cuda()(*(t.cuda() for t in inputs))[1]
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.05)))
+def test_linear_is_torchs(dtype, tolerance):
+    """The 1x1 convolution of float32 and bfloat16, and its gradients; the reference vectors test the rest in float64."""
+    torch.manual_seed(0)
+    x, ours = torch.randn(2, 30, 12, dtype=dtype, requires_grad=True), Linear(12, 7).to(dtype)
+    results = []
+    for function in (ours, lambda x: torch.nn.functional.linear(x, ours.weight, ours.bias)):
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, ours.weight, ours.bias))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
 
 
 def test_a_ring_of_cameras_that_sees_no_query():
