@@ -248,7 +248,7 @@ def spread(values, scale=1.0, digits=2):
 
 
 def matmul_peak(device):
-    """FLOP/s of a 2048^3 float32 product: the best of twenty, by BLAS or as a 1x1 convolution, as our Linear does it."""
+    """FLOP/s of a 2048^3 float32 product: the best of twenty, by BLAS and as a 1x1 convolution, as Linear does it."""
     a, seconds = torch.randn(2048, 2048, device=device), []
     linear = Linear(2048, 2048, bias=False, device=device)
     with torch.no_grad():

@@ -295,7 +295,7 @@ def test_the_gpu_gives_the_same():
 
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.05)))
 def test_linear_is_torchs(dtype, tolerance):
-    """The 1x1 convolution of float32 and bfloat16, and its gradients; the reference vectors test the rest in float64."""
+    """The 1x1 convolution of float32 and bfloat16, and its gradients; float64 is in the reference vectors."""
     torch.manual_seed(0)
     x, ours = torch.randn(2, 30, 12, dtype=dtype, requires_grad=True), Linear(12, 7).to(dtype)
     results = []
