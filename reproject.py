@@ -235,7 +235,8 @@ def corners(x, y, weights, source, height, width):
     M = x.shape[1]
     sides = []
     for position, size in ((x, width), (y, height)):
-        position = (position - 0.5).clamp(-1, size)  # pixel centres become whole numbers; far outside is all the same
+        # Pixel centres become whole numbers; far outside is all the same, and so are the places of a diverged network.
+        position = (position - 0.5).nan_to_num(-1.0).clamp(-1, size)
         low = position.detach().floor()
         far = position - low
         sides.append((low, (1 - far) * ((low >= 0) & (low < size)), far * (low < size - 1)))

@@ -293,6 +293,14 @@ def test_the_gpu_gives_the_same():
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-2, rtol=1e-2)
 
 
+def test_a_diverged_network_gives_nan_and_no_crash():
+    """Training then stops with its own line."""
+    maps, nan = torch.randn(2, 3, 4, 2, 5, requires_grad=True), torch.full((6, 2, 3), math.nan, requires_grad=True)
+    output = deformable_attention(maps, nan, nan * 1e30, nan, torch.zeros(6, 1, 1, dtype=torch.int32))
+    output.sum().backward()
+    assert output.isnan().all() and maps.grad.isnan().any()
+
+
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 0.05)))
 def test_linear_is_torchs(dtype, tolerance):
     """The 1x1 convolution of float32 and bfloat16, and its gradients; float64 is in the reference vectors."""
