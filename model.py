@@ -367,8 +367,7 @@ def segmentation_loss(logits, target, class_weights):
     weights, so that a picture without paint does not count as much as one full of it.
     """
     logits = logits.float()
-    weight = logits.new_tensor(class_weights)
-    total = F.cross_entropy(logits, target.long(), weight, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, target.long(), logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
