@@ -367,8 +367,8 @@ def segmentation_loss(logits, target, class_weights):
     weights, so that a picture without paint does not count as much as one full of it.
     """
     logits = logits.float()
-    total = F.cross_entropy(logits, target.long(), logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
-    return total / (target != IGNORE).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, target.long(), logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
+    return loss / (target != IGNORE).sum().clamp(min=1)
 
 
 def count_overlap(prediction, target):
