@@ -366,8 +366,8 @@ def segmentation_loss(logits, target, class_weights):
     logits (B, classes, ...), target (B, ...) uint8, class_weights (classes,). The mean is over valid pixels, not over
     weights, so that a picture without paint does not count as much as one full of it.
     """
-    logits = logits.float()
-    loss = F.cross_entropy(logits, target.long(), logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
+    logits, target = logits.float(), target.long()
+    loss = F.cross_entropy(logits, target, logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
     return loss / (target != IGNORE).sum().clamp(min=1)
 
 
