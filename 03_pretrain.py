@@ -1,8 +1,17 @@
 """Stage 03: learn the BEV map from the cameras alone. No BEV label is read.
 
-The network predicts a BEV map; `render` lays it on the ground and looks at it through the six cameras; cross-entropy
-compares what each camera would see with the pseudo-label of that camera. A temporal loss keeps the prediction equal to
-that of the frame before, carried into the current frame by the known motion. (Phase 1 of the paper.)
+The network predicts a BEV map; where a camera sees the ground, cross-entropy compares the map with the pseudo-label of
+that camera. (Phase 1 of the paper.) There are two ways to do so:
+
+- `--loss rendered`, as in the paper: at each step `render` looks at the predicted map through the cameras of its frame.
+- `--loss consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at the
+  same map. Rendering it into each of them and adding up the cross-entropy of all their pixels is the same sum as
+  letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The votes
+  are cast once; from then on a hundred views cost no more than one. And on the ground, unlike in an image, one
+  can measure: a line gets the width that the map gives it, and its dashes are joined.
+
+Two more losses help: the image features must tell the pseudo-labels as well (they learn in fewer steps what to look
+for), and the prediction stays the same from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end
@@ -11,13 +20,22 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute
     python 03_pretrain.py --out out --preset paper --steps 60000 --batch-size 4 --lr 2e-4
 """
 import argparse
+import math
+import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (IGNORE, Frames, cells_in_cameras, check_training, positive, read_splits, relative_pose, render,
-                       warp)
+from reproject import (CLASSES, IGNORE, NUM_CLASSES, Frames, cells_in_cameras, check_training, pixels_to_ground,
+                       positive, read_splits, relative_pose, render, warp)
+
+RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
+SURE = 0.8  # probability from which on the temporal loss believes the last frame
+IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
+LINES = {"divider": 7.0, "boundary": 3.0}  # thin classes, and the longest gap in m that is no gap: dashes, parked cars
 
 
 def parse_args():
@@ -32,17 +50,147 @@ def parse_args():
     parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 5.0, 2.0, 5.0], metavar="W",
+    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 3.0, 2.0, 3.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
-    parser.add_argument("--temporal", type=float, default=0.5, help="weight of the temporal loss")
-    parser.add_argument("--max-range", type=positive, default=25.0,
+    parser.add_argument("--loss", default="consensus", choices=("consensus", "rendered"),
+                        help="what the map is compared with: the agreement of the scene's cameras, or its own cameras")
+    parser.add_argument("--view-range", type=float, default=math.inf,
+                        help="s; frames within this time of a frame take part in its consensus (0: it alone)")
+    parser.add_argument("--max-range", type=positive, default=20.0,
                         help="m; pixels that look at ground farther from their camera do not count")
+    parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
+                        "(-1: not even what hides it is left out; it votes for background)")
+    parser.add_argument("--as-painted", action="store_true", help="leave lines as wide and as dashed as labelled")
+    parser.add_argument("--image", type=float, default=1.0, help="weight of the loss on the image features")
+    parser.add_argument("--temporal", type=float, default=0.1, help="weight of the temporal loss")
+    parser.add_argument("--smear", action="store_true", help="the temporal loss of the paper, which blurs")
+    parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
 
+
+# ---------------------------------------------------------------- what the cameras of a scene agree on
+
+def cast_votes(frames, index, views, args):
+    """Lay the labels of some key frames (`views`) of a scene on the ground, and count.
+
+    Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
+    its y axis, RASTER metres each. For a map of log probabilities, -(votes * map).sum() is the cross-entropy of all
+    these pixels, were the map rendered into all these cameras.
+    """
+    scene = frames.scenes[index]
+    car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
+    corner = car.amin(0) - args.max_range - 3  # cameras sit up to 2 m from the car's origin
+    X, Y = ((car.amax(0) + args.max_range + 3 - corner) / RASTER).ceil().long().tolist()
+    votes = torch.zeros(NUM_CLASSES * X * Y)
+    for t in views:
+        label = frames.decode(index, t, "label")  # (N, h, w)
+        xy_ego, distance = pixels_to_ground(scene["K"][t], scene["ego_T_cam"][t], label.shape[-2:])  # (N, h, w, 2)
+        if args.margin < 0:
+            label = torch.where(label == IGNORE, 0, label)
+        # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
+        margin = max(args.margin, 0)
+        hidden = F.max_pool2d((label == IGNORE).float(), 2 * margin + 1, 1, margin) > 0
+        counts = (distance <= args.max_range) & ~hidden
+        world_T_ego = scene["world_T_ego"][t]
+        xy_world = xy_ego[counts].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
+        row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each
+        # Beyond 6 m or so a pixel of a car's camera covers more ground than a cell, and ever more with d squared.
+        weight = 1 / (1 + (distance[counts] / 6) ** 2)
+        votes += torch.bincount((label[counts].long() * X + row) * Y + column, weight, len(votes))
+    return votes.view(-1, X, Y), corner
+
+
+def middle_of_lines(share):
+    """Where share (X, Y), a class's votes, has the middle of a line.
+
+    Returns row (P,), column (P,) of these cells and the direction of the line there (P,): radians, from a step in rows
+    (0) to one in columns (pi / 2), modulo pi. A spot that is as wide as it is long has no direction and is left out.
+    """
+    n = round(1.5 / RASTER)
+    dx, dy = torch.meshgrid(*[torch.arange(-n, n + 1.0)] * 2, indexing="ij")
+    disc = ((dx ** 2 + dy ** 2 <= n * n) & (dx ** 2 + dy ** 2 > 0)).float()
+    # Twice the angle, so that the two ends of a line agree on its direction instead of cancelling out.
+    angle = 2 * torch.atan2(dy, dx)
+    cos, sin, total = F.conv2d(share[None, None], (disc * torch.stack((angle.cos(), angle.sin(), angle * 0 + 1)))[:, None],
+                               padding=n)[0]
+    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.35 * total
+    row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
+    direction = torch.atan2(sin, cos)[row, column] / 2
+    across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)
+    highest = torch.ones_like(row, dtype=torch.bool)
+    for step in (-2, -1, 1, 2):
+        x, y = (torch.stack((row, column)) + step * across).round().long()
+        highest &= share[row, column] >= share[x.clamp(0, share.shape[0] - 1), y.clamp(0, share.shape[1] - 1)]
+    return row[highest], column[highest], direction[highest]
+
+
+def join_dashes(row, column, direction, shape, gap):
+    """Go along the line from each of its cells; where it goes on within `gap` metres, all between belongs to it.
+
+    Arguments as middle_of_lines returns them. Returns the cells of the joined lines (X, Y) bool.
+    """
+    joined = torch.zeros(shape, dtype=torch.bool)
+    joined[row, column] = True
+    nothing = -10.0  # radians; no direction
+    line = torch.full(shape, nothing)
+    line[row, column] = direction
+    line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it
+    steps = torch.arange(1, round(gap / RASTER) + 1)
+    for sign in (-1, 1):
+        x = (row[:, None] + sign * steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, steps)
+        y = (column[:, None] + sign * steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
+        turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
+        goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)
+        last = (goes_on * steps).amax(1, keepdim=True)  # (P, 1), 0: nowhere
+        joined[x[steps <= last], y[steps <= last]] = True
+    return joined
+
+
+def consensus(frames, index, config, args):
+    """What the labels of a scene's frames agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
+
+    Cells that no camera has seen are IGNORE. With --as-painted, lines stay as wide and as dashed as they are labelled.
+    """
+    scene, maps, known = frames.scenes[index], [], {}
+    cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
+    for t, world_T_ego in enumerate(scene["world_T_ego"]):
+        away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (T,) microseconds
+        views = tuple((away <= 1e6 * args.view_range).nonzero().flatten().tolist())
+        if views not in known:
+            votes, corner = cast_votes(frames, index, views, args)
+            known[views] = draw(votes, config, args.as_painted), corner
+        world, corner = known[views]
+        row, column = ((cells @ world_T_ego[:2, :2].T + world_T_ego[:2, 3] - corner) / RASTER).floor().long().unbind(-1)
+        inside = (row >= 0) & (row < world.shape[0]) & (column >= 0) & (column < world.shape[1])  # (H, W)
+        maps.append(torch.where(inside, world[row * inside, column * inside], IGNORE))
+    return torch.stack(maps)
+
+
+def draw(votes, config, as_painted):
+    """The map (X, Y) uint8 that the votes (classes, X, Y) stand for, in the style of the ground truth."""
+    if as_painted:
+        return torch.where(votes.sum(0) > 0, votes.argmax(0), IGNORE).byte()
+    reach = torch.arange(-3, 4) * RASTER
+    kernel = torch.exp(-(reach / 0.2) ** 2 / 2)  # 0.2 m: what poses and pixels are good for
+    votes = F.conv2d(votes[:, None], (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None], padding=3)[:, 0]
+    total = votes.sum(0)  # (X, Y)
+    share = votes / total.clamp(min=1e-6)  # (classes, X, Y)
+    world = torch.where(total > 1e-4, 0, IGNORE).byte()
+    world[share[CLASSES.index("ped_crossing")] > 0.4] = CLASSES.index("ped_crossing")
+    n = int(config.line_width / 2 / RASTER)
+    dx, dy = torch.meshgrid(*[torch.arange(-n, n + 1)] * 2, indexing="ij")
+    disc = (dx ** 2 + dy ** 2 <= n * n).float()[None, None]
+    for name, gap in LINES.items():  # in the order in which classes lie over each other in the ground truth
+        line = join_dashes(*middle_of_lines(share[CLASSES.index(name)]), total.shape, gap)  # (X, Y)
+        world[F.conv2d(line[None, None].float(), disc, padding=n)[0, 0] > 0] = CLASSES.index(name)
+    return world
+
+
+# ---------------------------------------------------------------- losses
 
 def reprojection_loss(logits, batch, grid, class_weights, max_range):
     """Cross-entropy between the BEV logits (B, classes, H, W), rendered into the cameras, and the pseudo-labels."""
@@ -53,11 +201,22 @@ def reprojection_loss(logits, batch, grid, class_weights, max_range):
     return segmentation_loss(image.flatten(0, 1), label.flatten(0, 1), class_weights)
 
 
-def temporal_loss(logits, before, batch, grid):
-    """Mean squared difference of the class probabilities of this frame and the last, where both see the ground.
+def image_loss(head, features, label, class_weights):
+    """Cross-entropy of `head` (model.image_head) on the finest image features (B*N, C, h/s, w/s) against the
+    pseudo-labels (B, N, h, w), at half their size."""
+    label = label.flatten(0, 1)[:, ::2, ::2]  # (B*N, h/2, w/2)
+    upscale = math.isqrt(head.out_channels // NUM_CLASSES)
+    logits = F.pixel_shuffle(head(features), upscale)  # (B*N, classes, h/2, w/2)
+    return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, class_weights)
+
+
+def temporal_loss(logits, before, batch, grid, smear=False):
+    """How far this frame's prediction is from the last one, where both see the ground.
 
     logits, before (B, classes, H, W); `before` carries no gradient: it is the target, or the loss would pull the
-    prediction that had better views towards the one that had worse.
+    prediction that had better views towards the one that had worse. Warping blurs it, and so would a loss that asks
+    for its probabilities (`smear`: their mean squared difference). So its most probable class is the target, where
+    that is sure: cross-entropy with it is as low for a sharp line as for a blurred one that is as probable there.
     """
     pose, K, ego_T_cam = batch["world_T_ego"], batch["K"], batch["ego_T_cam"]
     prev_T_cur = relative_pose(pose[:, -2], pose[:, -1])
@@ -65,24 +224,43 @@ def temporal_loss(logits, before, batch, grid):
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
     carried, _ = warp(torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1), prev_T_cur, grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
-    difference = (logits.float().softmax(1) - carried[:, :-1]).square().sum(1)  # (B, H, W)
-    return (difference * both).sum() / both.sum().clamp(min=1)
+    if smear:
+        difference = (logits.float().softmax(1) - carried[:, :-1]).square().sum(1)  # (B, H, W)
+        return (difference * both).sum() / both.sum().clamp(min=1)
+    probability, target = carried[:, :-1].max(1)  # (B, H, W) each
+    return segmentation_loss(logits, torch.where(both & (probability > SURE), target, IGNORE), (1.0,) * NUM_CLASSES)
 
 
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
+    if args.margin < -1 or not args.view_range >= 0 or min(args.image, args.temporal) < 0:
+        sys.exit("error: --margin is at least -1; --view-range, --image and --temporal are at least 0")
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
     path = Path(args.out) / f"{args.name}.pt"
     model = initial_model(args, config, path).to(args.device)
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
+    if args.loss == "consensus":
+        for index, scene in enumerate(tqdm(frames.scenes, desc="consensus", unit="scene")):
+            scene["bev"] = consensus(frames, index, config, args)
+    features = {}  # what the image features of the frame that ran last were
+    model.fpn.register_forward_hook(lambda module, images, levels: features.update(levels))
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
-        reprojection = reprojection_loss(logits, batch, config.grid, args.class_weights, args.max_range)
-        temporal = temporal_loss(logits, before, batch, config.grid) if config.history else 0 * reprojection
-        return reprojection + args.temporal * temporal, {"reprojection": reprojection, "temporal": temporal}
+        if args.loss == "consensus":
+            loss = segmentation_loss(logits, batch["bev"], args.class_weights)
+        else:
+            loss = reprojection_loss(logits, batch, config.grid, args.class_weights, args.max_range)
+        parts = {args.loss: loss}
+        if args.image:
+            finest = features[str(min(config.stages))]
+            parts["image"] = image_loss(model.image_head, finest, batch["label"], IMAGE_WEIGHTS)
+        if args.temporal and before is not None:
+            parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.smear)
+        weights = {"image": args.image, "temporal": args.temporal}
+        return sum(weights.get(name, 1) * part for name, part in parts.items()), parts
 
     fit(model, frames, loss_fn, args, path)

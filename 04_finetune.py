@@ -36,6 +36,7 @@ def parse_args():
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
                         help="cross-entropy weights of background, divider, ped_crossing, boundary")
+    parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")

@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, Linear, batch_indices, deformable_attention,
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, Linear, batch_samples, deformable_attention,
                        keep_freed_memory, learning_rate, load_pt, pillars_in_cameras, relative_pose, save_pt, softmax,
                        warp, watched)
 
@@ -241,6 +241,8 @@ class BEVSegmenter(nn.Module):
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), nn.BatchNorm2d(C // 2), nn.ReLU(),
                                       nn.Conv2d(C // 2, NUM_CLASSES, 1))
+        # Used in pretraining alone: class logits of the cameras' pixels, at half the size of the image.
+        self.image_head = nn.Conv2d(C, NUM_CLASSES * 4 ** min(config.stages), 1)
         self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
@@ -430,7 +432,7 @@ def initial_model(args, config, path):
         try:
             report = load_official(model, content.get("state_dict", content))
             for name in report["left"]:
-                if not name.startswith(("refine", "classify")):
+                if not name.startswith(("refine", "classify", "image_head")):
                     raise ValueError(f"nothing in it is our {name}")
         except (AttributeError, ValueError) as error:
             sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
@@ -452,7 +454,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     model.encoder.checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     start = resume(model, optimizer, args, path)
-    batches = batch_indices(len(data), args.batch_size, args.seed, start, args.steps)
+    batches = batch_samples(len(data), args, model.config.history, start)
     loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers)
     bar = tqdm(watched(loader), initial=start, total=args.steps, desc=Path(path).stem, unit="step")
     model.train()

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import random
 import sys
 import warnings
 import zipfile
@@ -43,6 +44,8 @@ NUM_CLASSES = len(CLASSES)
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
+              for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 
 
@@ -514,8 +517,9 @@ class Frames(torch.utils.data.Dataset):
     An item is a dict (T = history + 1 frames in time order, the last one is the current frame; N = 6 cameras):
     image (T, N, 3, h, w) uint8, K (T, N, 3, 3), ego_T_cam (T, N, 4, 4), world_T_ego (T, 4, 4) float64,
     linked (T,) bool: frame t continues frame t-1 (False at a scene's first frame and after more than 2 s),
-    label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set;
-    with bev_gt=True also bev (H, W) uint8. Before a scene's first frame that frame is repeated, unlinked.
+    label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set; and bev (H, W) uint8
+    where scenes have a "bev": with bev_gt=True the ground truth. Before a scene's first frame that frame is repeated,
+    unlinked. Instead of its index a sample may be asked for as (index, mirrored, frames of history).
     """
 
     def __init__(self, out, scenes, config, history=0, bev_gt=False):
@@ -541,10 +545,11 @@ class Frames(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, sample):
+        index, mirrored, history = sample if isinstance(sample, tuple) else (sample, False, self.history)
         scene, now = self.samples[index]
         frames = self.scenes[scene]
-        times = torch.arange(now - self.history, now + 1)
+        times = torch.arange(now - history, now + 1)
         times, previous = times.clamp(min=0), (times - 1).clamp(min=0)
         gap = frames["timestamp"][times] - frames["timestamp"][previous]
         linked = (times > 0) & (gap <= MAX_GAP * 1e6)  # time stamps are microseconds
@@ -554,7 +559,7 @@ class Frames(torch.utils.data.Dataset):
         item |= {key: frames[key][times] for key in ("K", "ego_T_cam", "world_T_ego")}
         if "bev" in frames:
             item["bev"] = frames["bev"][now]
-        return item
+        return mirror(item) if mirrored else item
 
     def decode(self, scene, t, key):
         """The six images (N, h, w, 3) or label maps (N, h, w) of one frame, uint8."""
@@ -565,6 +570,20 @@ class Frames(torch.utils.data.Dataset):
             sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py")
 
 
+def mirror(item):
+    """The same drive in a world whose left and right are exchanged: an item of Frames, as true as the first one."""
+    swap = [CAMERAS.index(LEFT_RIGHT[camera]) for camera in CAMERAS]
+    sides = torch.tensor((1.0, -1.0, 1.0, 1.0))  # of an ego or world point: y changes its sign
+    columns = torch.tensor((-1.0, 1.0, 1.0, 1.0))  # of a camera point: x does
+    K = item["K"].clone()
+    K[..., 0, 2] = item["image"].shape[-1] - K[..., 0, 2]
+    return item | {
+        "image": item["image"].flip(-1)[:, swap], "label": item["label"].flip(-1)[swap], "K": K[:, swap],
+        "ego_T_cam": (sides[:, None] * item["ego_T_cam"] * columns)[:, swap],
+        "world_T_ego": sides[:, None] * item["world_T_ego"] * sides,
+        **({"bev": item["bev"].flip(-1)} if "bev" in item else {})}
+
+
 # ---------------------------------------------------------------- what the training stages share
 
 @lru_cache(maxsize=4)
@@ -573,12 +592,21 @@ def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
 
 
-def batch_indices(n, batch_size, seed, start, steps):
-    """Sample indices of the batches of steps start..steps-1: a pure function of the step, so resuming is exact."""
+def batch_samples(n, args, history, start):
+    """What the batches of steps start, start + 1, ... ask of Frames: lists of (index, mirrored, frames of history).
+
+    A pure function of the step, so that going on is exact. Half of the samples are mirrored; args.history_share of the
+    batches look back, the others see single frames, which takes two thirds of the time.
+    """
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
-    return [[permutation(n, seed, i // n)[i % n] for i in range(s * batch_size, (s + 1) * batch_size)]
-            for s in range(start, steps)]
+    batches = []
+    for step in range(start, args.steps):
+        rng = random.Random(f"{args.seed} {step}")
+        back = history if rng.random() < args.history_share else 0
+        places = range(step * args.batch_size, (step + 1) * args.batch_size)
+        batches.append([(permutation(n, args.seed, i // n)[i % n], rng.random() < 0.5, back) for i in places])
+    return batches
 
 
 def learning_rate(step, steps, peak):
@@ -609,8 +637,8 @@ def positive(text):
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense."""
     check_device(args.device)
-    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
-        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
+    if min(args.steps, args.batch_size) < 1 or args.workers < 0 or not 0 <= args.history_share <= 1:
+        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0, --history-share is from 0 to 1")
 
 
 def check_device(name):

@@ -10,7 +10,7 @@ from rig import pose, surround
 
 from model import (PRESETS, BEVSegmenter, Config, count_overlap, fit, initial_model, iou, load_checkpoint,
                    load_official, run_sequence, segmentation_loss)
-from reproject import (IGNORE, Linear, batch_indices, deformable_attention, learning_rate, pillars_in_cameras, render,
+from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
 HERE = Path(__file__).parent
@@ -144,7 +144,7 @@ def test_a_released_checkpoint_goes_to_its_places():
     assert report["ignored"] == sorted(f"pts_bbox_head.{name}" for name in (
         "query_embedding.weight", "code_weights", "transformer.reference_points.weight", "cls_branches.0.0.weight",
         "transformer.decoder.layers.0.attentions.1.value_proj.weight"))
-    assert all(name.startswith(("refine", "classify")) for name in report["left"])
+    assert all(name.startswith(("refine", "classify", "image_head")) for name in report["left"])
     for name, value in model.state_dict().items():
         if "num_batches_tracked" not in name:
             assert torch.equal(value, untouched[name]) == (name in report["left"]), name
@@ -265,7 +265,7 @@ def test_checkpointing_and_bfloat16_change_no_result():
             logits, _ = run_sequence(model, batch)
         logits.float().square().mean().backward()
         assert len(calls) == (3 if how == "checkpointing" else 2)  # two frames; the second once more
-        results[how] = [logits.detach().float()] + [p.grad.clone() for p in model.parameters()]
+        results[how] = [logits.detach().float()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
     for plain, again, rounded in zip(*results.values()):
         torch.testing.assert_close(again, plain)
         assert (rounded - plain).norm() < 0.2 * plain.norm() + 1e-6
@@ -433,10 +433,16 @@ def test_learning_rate():
 
 
 def test_batches_are_a_function_of_the_step():
-    whole = batch_indices(10, 4, seed=1, start=0, steps=5)
-    assert sorted(sum(whole, [])) == sorted(list(range(10)) * 2)  # 20 draws: each sample twice
-    assert whole[3:] == batch_indices(10, 4, seed=1, start=3, steps=5)
-    assert whole != batch_indices(10, 4, seed=2, start=0, steps=5)
+    args = argparse.Namespace(steps=50, batch_size=4, seed=1, history_share=0.25)
+    whole = batch_samples(10, args, history=2, start=0)
+    draws = [draw for batch in whole for draw in batch]
+    assert sorted(index for index, _, _ in draws) == sorted(list(range(10)) * 20)  # 200 draws: each sample 20 times
+    assert whole[3:] == batch_samples(10, args, history=2, start=3)
+    assert 70 < sum(mirrored for _, mirrored, _ in draws) < 130
+    assert all(len({back for _, _, back in batch}) == 1 for batch in whole)  # or it could not be stacked
+    assert 5 < sum(batch[0][2] == 2 for batch in whole) < 20 and {back for _, _, back in draws} == {0, 2}
+    args.seed = 2
+    assert whole != batch_samples(10, args, history=2, start=0)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -447,7 +453,8 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self):
         return 4
 
-    def __getitem__(self, index):
+    def __getitem__(self, sample):
+        index, _, _ = sample
         image, K, ego_T_cam = frame(1, SMALL, index)
         truth = torch.randint(0, 4, SMALL.grid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
         return {"image": image, "K": K, "ego_T_cam": ego_T_cam, "linked": torch.tensor([False]), "bev": truth,
@@ -455,7 +462,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_an_empty_split_is_named(tmp_path):
-    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", checkpointing=False)
+    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", checkpointing=False,
+                              history_share=0)
     with pytest.raises(SystemExit, match="no train scene"):
         fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
 
@@ -463,7 +471,7 @@ def test_an_empty_split_is_named(tmp_path):
 def train(path, steps, stop_at=None):
     """fit() on Pictures; stop_at kills it after that many steps, each of which was saved."""
     args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0, bf16=False,
-                              checkpointing=False)
+                              checkpointing=False, history_share=0)
     torch.manual_seed(0)
     model, done = BEVSegmenter(SMALL), []
 

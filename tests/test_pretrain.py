@@ -1,12 +1,18 @@
-"""The two losses of stage 03: near zero for the right map, large for a mirrored or unmoved one, blind where masked."""
+"""The losses of stage 03: near zero for the right map, large for a mirrored or unmoved one, blind where masked. And what
+the cameras of a scene agree on, for a world that is known."""
+import argparse
 import importlib
+import math
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rig import pose, surround
 
 from model import PRESETS
-from reproject import IGNORE, relative_pose, render, warp
+from reproject import IGNORE, Grid, pixels_to_ground, relative_pose, render, warp
 
 stage = importlib.import_module("03_pretrain")
 GRID, EVEN = PRESETS["toy"].grid, (1.0, 1.0, 1.0, 1.0)
@@ -97,3 +103,141 @@ def test_temporal_loss_pulls_towards_the_frame_before():
     seen = logits.grad.abs().sum(1) > 0
     towards = (-logits.grad).argmax(1) == town().argmax(1)
     assert seen.any() and towards[seen].all()
+
+
+# ---------------------------------------------------------------- what the cameras of a scene agree on
+
+def flags(**changes):
+    """The default flags of stage 03, some of them changed."""
+    argv, sys.argv = sys.argv, ["03_pretrain.py"]
+    try:
+        return argparse.Namespace(**{**vars(stage.parse_args()), **changes})
+    finally:
+        sys.argv = argv
+
+
+def painted(x, y):
+    """What lies at world places (numpy arrays, metres): class indices. The line at y = 2 is 0.15 m wide and dashed, 3 m of
+    paint in every 7; a crossing lies from x = 20 to 23; the kerb at y = -5 is 0.3 m wide."""
+    world = np.zeros(x.shape, np.uint8)
+    world[(np.abs(y - 2) < 0.075) & (x % 7 < 3)] = 1
+    world[(x > 20) & (x < 23) & (np.abs(y) < 4)] = 2
+    world[np.abs(y + 5) < 0.15] = 3
+    return world
+
+
+def drive(places, hide=()):
+    """Frames-like: one scene of a car at the given (x m, y m, yaw degrees), whose six cameras label what is painted.
+
+    The pixels' rays are cut with the ground here, by numpy. hide: pairs (frame, camera) that see nothing but a lorry.
+    """
+    labels, (K, ego_T_cam) = {}, surround(len(places))
+    poses = torch.stack([pose(*place) for place in places])
+    v, u = np.mgrid[:144, :256] + 0.5
+    for t in range(len(places)):
+        cameras = []
+        for n in range(6):
+            world_T_cam = (poses[t] @ ego_T_cam[t, n].double()).numpy()
+            rays = np.stack(((u - 128) / 200, (v - 72) / 200, np.ones_like(u)), -1) @ world_T_cam[:3, :3].T
+            with np.errstate(divide="ignore"):
+                far = world_T_cam[2, 3] / -rays[..., 2]
+            ground = (far > 0) & np.isfinite(far)
+            x, y = (world_T_cam[k, 3] + np.where(ground, far, 0) * rays[..., k] for k in (0, 1))
+            cameras.append(np.where(ground & ((t, n) not in hide), painted(x, y), IGNORE))
+        labels[t] = torch.from_numpy(np.stack(cameras)).byte()
+    scene = {"K": K, "ego_T_cam": ego_T_cam, "world_T_ego": poses,
+             "timestamp": torch.arange(len(places)) * 500_000 + 1_600_000_000_000_000}
+    return SimpleNamespace(scenes=[scene], decode=lambda index, t, key: labels[t])
+
+
+def strip(consensus, t, frames, x, y):
+    """The classes that the map of frame t has at world places x, y (arrays, metres)."""
+    places = torch.tensor(np.stack(np.broadcast_arrays(x, y), -1), dtype=torch.float64)  # (..., 2)
+    ego_T_world = frames.scenes[0]["world_T_ego"][t].inverse()
+    xy = places @ ego_T_world[:2, :2].T + ego_T_world[:2, 3]
+    row, column = (torch.floor((edge - xy[..., k]) / 0.3).long() for k, edge in enumerate((30, 15)))
+    return consensus[t][row, column]
+
+
+DRIVE = [(2.5 * t, 0.1 * t, 2.0 * t) for t in range(8)]
+
+
+def test_consensus_is_the_map_in_the_style_of_the_truth():
+    frames = drive(DRIVE)
+    maps = stage.consensus(frames, 0, PRESETS["toy"], flags())
+    assert maps.shape == (8, 200, 100) and maps.dtype == torch.uint8
+    x = np.arange(0, 19, 0.3)
+    for t in (0, 3, 7):
+        assert (strip(maps, t, frames, x, 2.0) == 1).float().mean() > 0.95  # the dashes are joined
+        assert (strip(maps, t, frames, x, 2.0 + 0.8) == 0).all() and (strip(maps, t, frames, x, 2.0 - 0.8) == 0).all()
+        assert (strip(maps, t, frames, x, -5.0) == 3).float().mean() > 0.95
+        assert (strip(maps, t, frames, x, 5.0) == 0).float().mean() > 0.95  # and nothing at the mirrored place
+        assert (strip(maps, t, frames, np.linspace(20.3, 22.7, 9), -2.0) == 2).all()
+    columns = strip(maps, 4, frames, x[:, None], np.arange(1, 3, 0.05))  # across the line
+    assert 0.65 < 0.05 * (columns == 1).sum(1).float().mean() < 1.0  # 0.75 m and a cell's rounding
+    raw = stage.consensus(frames, 0, PRESETS["toy"], flags(as_painted=True))
+    assert 0.2 < (strip(raw, 4, frames, x, 2.0) == 1).float().mean() < 0.6
+
+
+def test_other_frames_see_what_is_hidden():
+    """A lorry hides what lies ahead of the fourth frame, in all its cameras: others saw it, within --view-range."""
+    frames = drive(DRIVE, hide=[(3, n) for n in range(6)])
+    everyone, alone = (stage.consensus(frames, 0, PRESETS["toy"], flags(view_range=s)) for s in (math.inf, 0.0))
+    x = np.arange(8, 19, 0.3)
+    assert (strip(everyone, 3, frames, x, 2.0) == 1).float().mean() > 0.95
+    assert (alone[3] == IGNORE).all() and (strip(alone, 2, frames, np.arange(10, 14, 0.3), -5.0) == 3).any()
+    near = stage.consensus(frames, 0, PRESETS["toy"], flags(view_range=0.5))
+    assert (strip(near, 3, frames, x, -5.0) == 3).float().mean() > 0.5  # frames 2 and 4
+
+
+def test_most_cameras_win():
+    """One frame of eight takes the crossing for a kerb, and everything near it: seven do not."""
+    frames = drive(DRIVE)
+    honest = frames.decode
+    frames.decode = lambda index, t, key: torch.where(honest(index, t, key) == 2, 3 if t == 3 else 2, honest(index, t, key))
+    maps = stage.consensus(frames, 0, PRESETS["toy"], flags())
+    assert (strip(maps, 3, frames, np.linspace(20.3, 22.7, 9)[:, None], np.linspace(-3, 1, 9)) == 2).float().mean() > 0.9
+
+
+def test_votes_are_all_reprojections_at_once():
+    """A map, rendered into every camera as in the paper and compared with all their labels, has the same cross-entropy
+    as it has with the votes."""
+    frames, args = drive(DRIVE[:3]), flags(max_range=12.0, margin=0)
+    scene, grid = frames.scenes[0], Grid((-30.0, 30.0), (-30.0, 30.0), 0.15)
+
+    def log_p(xy_world):  # a smooth map of the world: (..., 2) m -> (..., classes)
+        x, y = xy_world.float().unbind(-1)
+        return torch.stack((2 + 0 * x, (x / 3).sin(), (y / 4).cos(), ((x + y) / 5).sin()), -1).log_softmax(-1)
+
+    every_pixel = 0
+    for t in range(3):
+        world_T_ego, label = scene["world_T_ego"][t], frames.decode(0, t, "label")
+        bev = log_p(grid.centres(world_T_ego) @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]).permute(2, 0, 1)[None]
+        camera = scene["K"][t][None], scene["ego_T_cam"][t][None]
+        image, valid = render(bev, *camera, (144, 256), grid, args.max_range)
+        loss = torch.nn.functional.nll_loss(image[0], torch.where(valid[0], label, IGNORE).long(), ignore_index=IGNORE,
+                                            reduction="none")
+        _, distance = pixels_to_ground(*camera, (144, 256))
+        every_pixel += (loss / (1 + (distance[0] / 6) ** 2)).sum()
+    votes, corner = stage.cast_votes(frames, 0, range(3), args)
+    cells = torch.stack(torch.meshgrid(*[torch.arange(n) + 0.5 for n in votes.shape[1:]], indexing="ij"), -1) * 0.15
+    assert -(votes * log_p(cells + corner).permute(2, 0, 1)).sum() == pytest.approx(every_pixel.item(), rel=2e-3)
+
+
+def test_image_loss_compares_each_pixel_with_its_label():
+    head = torch.nn.Conv2d(64, 4 * 16, 1)  # features at an eighth of the image, logits at half of it
+    label = torch.zeros(1, 6, 144, 256, dtype=torch.uint8)
+    label[0, 2, 96:104, 40:48] = 2  # the pixels of one feature
+    features, optimizer = torch.zeros(6, 64, 18, 32), torch.optim.Adam(head.parameters(), 0.3)
+    features[:, 0] = 1
+    features[2, :, 12, 5] = torch.eye(64)[1]
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = stage.image_loss(head, features, label, (1.0,) * 4)
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3
+    elsewhere = features.roll(1, 3)  # the same, one feature to the right
+    assert stage.image_loss(head, elsewhere, label, (1.0,) * 4) > 1e-3
+    label[:] = IGNORE
+    assert stage.image_loss(head, features, label, (1.0,) * 4) == 0

@@ -12,8 +12,8 @@ from PIL import Image
 from rig import camera, intrinsics, pose, surround
 
 from model import PRESETS, Config
-from reproject import (Frames, Grid, cells_in_cameras, encode, inverse, lift, load_pt, make_meta, pixels_to_ground,
-                       project, read_splits, relative_pose, render, save_pt, warp)
+from reproject import (CAMERAS, Frames, Grid, cells_in_cameras, encode, inverse, lift, load_pt, make_meta,
+                       pixels_to_ground, project, read_splits, relative_pose, render, save_pt, transform, warp)
 
 GRID = Grid((-30.0, 30.0), (-15.0, 15.0), 0.3)
 
@@ -201,6 +201,33 @@ def test_frames_history_and_gaps(tmp_path):
     assert (item["label"] == 3).all() and item["label"].shape == (6, 144, 256)
     assert item["world_T_ego"][:, 0, 3].tolist() == [0.5, 3.0, 3.5]
     assert (frames[4]["image"] == 0).all()  # never a frame of another scene
+
+
+def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
+    """What was seen to the left at a place is seen to the right at the mirrored place, in the mirrored camera."""
+    config = PRESETS["toy"]
+    write_scene(tmp_path, "a", config, [0.0, 0.5])
+    frames = Frames(tmp_path, ["a"], config, history=1, bev_gt=True)
+    scene = frames.scenes[0]
+    scene["world_T_ego"] = torch.stack((pose(5, 2, 10), pose(7, 3, 25)))
+    scene["bev"][1, 20, 10] = 1  # far ahead, on the left
+    paint = torch.zeros(6, 144, 256, dtype=torch.uint8)
+    paint[CAMERAS.index("CAM_FRONT_LEFT"), 100, 30] = 2  # near the left edge of the left camera
+    scene["label"][1] = [encode(Image.fromarray(p.numpy()), "PNG") for p in paint]
+    item, other = frames[1], frames[(1, True, 1)]
+    assert other["bev"][20, 89] == 1 and other["bev"].sum() == 1
+    assert other["label"][CAMERAS.index("CAM_FRONT_RIGHT"), 100, 225] == 2 and other["label"].sum() == 2
+    flip = torch.tensor((1.0, -1.0, 1.0))
+    for t, names in ((0, ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT")), (1, ("CAM_BACK", "CAM_BACK"))):
+        n, m = map(CAMERAS.index, names)
+        point = torch.tensor((9.0, 4.0, 0.3)) if t == 0 else torch.tensor((-8.0, 1.5, 0.2))
+        (u, v), depth = project(point, item["K"][t, n], item["ego_T_cam"][t, n])
+        (u2, v2), depth2 = project(point * flip, other["K"][t, m], other["ego_T_cam"][t, m])
+        assert depth > 0 and torch.allclose(torch.stack((256 - u, v, depth)), torch.stack((u2, v2, depth2)), atol=1e-3)
+    motion, mirrored = (relative_pose(i["world_T_ego"][0], i["world_T_ego"][1]) for i in (item, other))
+    assert torch.allclose(transform(mirrored, torch.tensor((3.0, -2.0, 0.0))),
+                          transform(motion, torch.tensor((3.0, 2.0, 0.0))) * flip, atol=1e-4)
+    assert frames[(1, False, 0)]["image"].shape[0] == 1  # a single frame, where no history is asked for
 
 
 def test_digest_tells_labels_apart(tmp_path):

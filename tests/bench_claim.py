@@ -1,0 +1,243 @@
+"""The claim, measured: pretraining without BEV labels, then half of them, against full supervision on all of them.
+
+    python tests/toyworld.py && python 01_pseudolabel.py && python 02_bev_gt.py
+    python tests/bench_claim.py --seeds 5                # the main rows
+    python tests/bench_claim.py --quick                  # one seed, in a quarter of an hour
+    python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
+    python tests/bench_claim.py --ablations --seeds 2    # what each part adds
+
+All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16). Seconds are those of the whole
+command, from its start to its end, loading and voting included. Nothing was chosen on the val scenes: `--length` and
+all trials of settings train on three quarters of the train scenes and score on the others.
+
+Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts.
+"""
+import argparse
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SUPERVISED, PRETRAIN, FINETUNE = 1200, 400, 120  # steps
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
+ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
+    "supervised 100%": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0, "--steps", SUPERVISED], None),
+    "supervised 50%": ("04_finetune.py", ["--init", "scratch", "--labels", 0.5, "--steps", SUPERVISED], None),
+    "supervised 10%": ("04_finetune.py", ["--init", "scratch", "--labels", 0.1, "--steps", SUPERVISED], None),
+    "pretraining alone": ("03_pretrain.py", ["--steps", PRETRAIN], None),
+    "pretraining + 100%": ("04_finetune.py", ["--labels", 1.0, "--steps", FINETUNE], "pretraining alone"),
+    "pretraining + 50%": ("04_finetune.py", ["--labels", 0.5, "--steps", FINETUNE], "pretraining alone"),
+    "pretraining + 10%": ("04_finetune.py", ["--labels", 0.1, "--steps", FINETUNE], "pretraining alone"),
+}
+QUICK = ("supervised 100%", "pretraining alone", "pretraining + 50%", "pretraining + 10%")
+SHORTER = {f"supervised 100%, {steps} steps": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0,
+                                                                 "--steps", steps], None)
+           for steps in (SUPERVISED // 8, SUPERVISED // 4, SUPERVISED // 2)}
+PAPER = ["--loss", "rendered", "--image", 0, "--class-weights", 1, 5, 2, 5, "--history-share", 1]
+ABLATIONS = {name: ("03_pretrain.py", ["--steps", PRETRAIN, *flags], None) for name, flags in {
+    "all": [],
+    "one view": ["--view-range", 0],
+    "labels as painted": ["--as-painted"],
+    "hidden ground not left out": ["--margin", -1],
+    "no margin around what hides": ["--margin", 0],
+    "no loss on the image features": ["--image", 0],
+    "rendered into its own cameras": [*PAPER, "--temporal", 0],
+    "the same, temporal loss that smears": [*PAPER, "--temporal", 1, "--smear"],
+    "the same, temporal loss mended": [*PAPER, "--temporal", 1],
+}.items()}
+
+
+def parse_args():
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Half of the labels and pretraining, against all labels.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default="out", help="folder with frames and bev_gt of a world")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. N-1")
+    parser.add_argument("--quick", action="store_true", help="one seed, the rows that the claim is made of")
+    parser.add_argument("--length", action="store_true", help="supervision at half, full and twice its length, scored "
+                                                              "on held-out train scenes")
+    parser.add_argument("--ablations", action="store_true", help="pretraining alone, without one part at a time")
+    return parser.parse_args()
+
+
+def run(script, *words):
+    """Run one stage; returns its seconds, or stops with its error."""
+    began = time.time()
+    if subprocess.run([sys.executable, ROOT / script, *map(str, words)]).returncode:
+        sys.exit(f"error: {script} failed")
+    return time.time() - began
+
+
+def result(out, store, row, seed):
+    """Train and score one row with one seed, or look it up. Returns {"seconds", "iou", "miou", ...}."""
+    path = Path(out) / "claim/results.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{row}, seed {seed}"
+    if key not in known:
+        checkpoint, seconds = "ipm", 0
+        if row != "ipm":
+            script, flags, start = store[row]
+            if start:
+                seconds += result(out, store, start, seed)["seconds"]
+                flags = ["--init", checkpoint_of(out, start, seed), *flags]
+            checkpoint = checkpoint_of(out, row, seed)
+            checkpoint.unlink(missing_ok=True)  # half a run would hide half of the seconds
+            name = checkpoint.relative_to(out).with_suffix("")
+            seconds += run(script, "--out", out, "--name", name, "--seed", seed, "--bf16", *flags)
+        run("05_eval.py", "--out", out, "--checkpoint", checkpoint, "--pictures", 0)
+        metrics = json.loads((Path(out) / "eval/metrics.json").read_text())
+        known[key] = {"seconds": round(seconds, 1), "miou": metrics["miou"], "iou": metrics["iou"]}
+        if row in ABLATIONS:
+            known[key] |= sharpness(out, checkpoint)
+        path.write_text(json.dumps(known, indent=1))
+    return known[key]
+
+
+def checkpoint_of(out, row, seed):
+    """Where a row's checkpoint lies."""
+    return Path(out) / "claim" / f"{row.replace('%', '').replace(',', '').replace(' ', '_')}_{seed}.pt"
+
+
+def sharpness(out, checkpoint):
+    """What a temporal loss is for, and what it costs, on the val scenes. All are 0 for a map without lines.
+
+    edges: sum of squared differences of class probabilities between neighbouring cells, over that of the truth (1: as
+    sharp); width: expected cells of divider and boundary over those of the truth; flicker: mean difference (1/2 L1) of
+    the class probabilities of one frame and the next, carried along, where both frames see the ground and either
+    says more than background.
+    """
+    import torch
+    from model import load_checkpoint
+    from reproject import Frames, cells_in_cameras, read_splits, relative_pose, warp
+    stage = importlib.import_module("05_eval")
+    model = load_checkpoint(checkpoint, "")[1].eval()
+    frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
+    edges, truth_edges, width, truth_width, moved, places, before = 0, 0, 0, 0, 0, 0, None
+    with torch.no_grad():
+        for _, frame, logits in stage.predict(frames, model, model.config, "cpu"):
+            p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
+            edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
+            width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()
+            seen = cells_in_cameras(frame["K"], frame["ego_T_cam"], model.config.image_size, model.config.grid)[1].any(1)
+            now = torch.cat((p, seen[:, None].float()), 1)
+            if frame["linked"].item():
+                then, _ = warp(before[1], relative_pose(before[0], frame["world_T_ego"]), model.config.grid)
+                both = (then[:, -1] > 0.999) & seen & ((p[:, 0] < 0.5) | (then[:, 0] < 0.5))
+                moved, places = moved + ((p - then[:, :-1]).abs().sum(1) / 2 * both).sum(), places + both.sum()
+            before = frame["world_T_ego"], now
+    return {"edges": (edges / truth_edges).item(), "width": (width / truth_width).item(),
+            "flicker": (moved / places).item()}
+
+
+def energy(p):
+    """Sum of squared differences between neighbours of (1, classes, H, W), over all but background."""
+    return p[:, 1:].diff(dim=2).square().sum() + p[:, 1:].diff(dim=3).square().sum()
+
+
+def interval(values):
+    """Mean and half the width of its 95% interval (Student's t); nan for a single value."""
+    n = len(values)
+    half = STUDENT[n] * statistics.stdev(values) / math.sqrt(n) if n in STUDENT else math.nan
+    return statistics.mean(values), half
+
+
+def with_interval(values, digits=3):
+    """'mean' or 'mean ± half width'."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def table(out, store, rows, seeds, extra=()):
+    """Measure the rows and print them as a table. Returns {row: [result of each seed]}."""
+    found = {row: [] for row in rows}
+    for seed in range(seeds):
+        for row in rows:
+            found[row].append(result(out, store, row, 0 if row == "ipm" else seed))
+    print(f"\n{seeds} seeds: mean ± half of the 95% interval\n"
+          f"| row | divider | ped_crossing | boundary | mIoU | seconds | {''.join(f'{name} | ' for name in extra)}")
+    print("|---|---|---|---|---|---|" + "---|" * len(extra))
+    for row, results in found.items():
+        cells = [[r["iou"][name] for r in results] for name in ("divider", "ped_crossing", "boundary")]
+        cells = [with_interval(v) for v in (*cells, [r["miou"] for r in results])]
+        cells += [with_interval([r["seconds"] for r in results], 0)]
+        cells += [with_interval([r[name] for r in results], 2) for name in extra]
+        print(f"| {row} | {' | '.join(cells)} |")
+    return found
+
+
+def picture(found, shorter, path):
+    """mIoU against training seconds: a line a method, a bar a 95% interval."""
+    from matplotlib import pyplot as plt  # comes with nuscenes-devkit
+    plt.figure(figsize=(7, 4.2), dpi=120)
+
+    def draw(results, label, colour, marker):
+        points = [(statistics.mean(r["seconds"] for r in row), *interval([r["miou"] for r in row])) for row in results]
+        x, y, half = zip(*sorted(points))
+        plt.errorbar(x, y, [0 if math.isnan(h) else h for h in half], color=colour, marker=marker, capsize=3, label=label)
+
+    draw([*([r] for r in shorter), found["supervised 100%"]], "supervised, 100% of the labels", "#0072B2", "o")
+    for row, label, colour, marker in (("supervised 50%", "supervised, 50%", "#56B4E9", "s"),
+                                       ("supervised 10%", "supervised, 10%", "#999999", "^")):
+        if row in found:
+            draw([found[row]], label, colour, marker)
+    for row, colour, marker in (("pretraining + 100%", "#009E73", "D"), ("pretraining + 50%", "#D55E00", "s"),
+                                ("pretraining + 10%", "#CC79A7", "^")):
+        if row in found:
+            draw([found["pretraining alone"], found[row]], row.replace("+", "alone, then"), colour, marker)
+    plt.xlabel("training seconds")
+    plt.ylabel("mIoU on the val scenes")
+    plt.ylim(bottom=0)
+    plt.grid(alpha=0.3)
+    plt.legend(fontsize=8)
+    plt.tight_layout()
+    plt.savefig(path)
+
+
+def hold_out(out):
+    """A copy of the world (links) whose val scenes are every fourth train scene. Returns its folder."""
+    folder = Path(out) / "claim/held_out"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("frames", "bev_gt"):
+        link = folder / name
+        link.is_symlink() or link.symlink_to((Path(out) / name).resolve())
+    train = json.loads((Path(out) / "splits.json").read_text())["train"]
+    splits = {"train": [s for i, s in enumerate(train) if i % 4], "val": train[::4]}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    (folder / "claim").mkdir(exist_ok=True)
+    return folder
+
+
+def main(args):
+    """All of a mode."""
+    (Path(args.out) / "claim").mkdir(parents=True, exist_ok=True)
+    if args.length:
+        lengths = {f"supervised 100%, {steps} steps": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0,
+                                                                         "--steps", steps], None)
+                   for steps in (SUPERVISED // 2, SUPERVISED, 2 * SUPERVISED)}
+        table(hold_out(args.out), lengths, lengths, args.seeds)
+    elif args.ablations:
+        table(args.out, ABLATIONS, ABLATIONS, args.seeds, ("edges", "width", "flicker"))
+    else:
+        seeds, rows = (1, QUICK) if args.quick else (args.seeds, tuple(ROWS))
+        shorter = [] if args.quick else [result(args.out, SHORTER, row, 0) for row in SHORTER]
+        found = table(args.out, ROWS, ("ipm", *rows), seeds)
+        picture(found, shorter, Path(args.out) / "claim/claim.png")
+        base, alone, half, tenth = ([r["miou"] for r in found[row]] for row in QUICK)
+        gain, width = interval([100 * (a - b) for a, b in zip(half, base)])
+        total = sum(r["seconds"] for r in found["pretraining + 50%"])
+        print(json.dumps({
+            "gain_points": round(gain, 2),
+            "gain_ci95": None if math.isnan(width) else [round(gain - width, 2), round(gain + width, 2)],
+            "time_ratio": round(total / sum(r["seconds"] for r in found["supervised 100%"]), 3),
+            "pretrain_only_share": round(statistics.mean(alone) / statistics.mean(base), 3),
+            "ten_percent_gain_points": round(100 * (statistics.mean(tenth) - statistics.mean(base)), 2)}))
+
+
+if __name__ == "__main__":
+    main(parse_args())
