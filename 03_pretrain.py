@@ -3,18 +3,19 @@
 The network predicts a BEV map; where a camera sees the ground, cross-entropy compares the map with the pseudo-label of
 that camera. (Phase 1 of the paper.) There are two ways to do so:
 
-- `--loss rendered`, as in the paper: at each step `render` looks at the predicted map through the cameras of its frame.
-- `--loss consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at the
-  same map. Rendering it into each of them and adding up the cross-entropy of all their pixels is the same sum as
-  letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The votes
-  are cast once; from then on a hundred views cost no more than one. And on the ground, unlike in an image, one
+- `--target rendered`, as in the paper: at each step `render` looks at the predicted map through its frame's cameras.
+- `--target consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at
+  the same map. Rendering it into each of them and adding up the cross-entropy of all their pixels is the same sum as
+  letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The
+  votes are cast once; from then on a hundred views cost no more than one. And on the ground, unlike in an image, one
   can measure: a line gets the width that the map gives it, and its dashes are joined.
 
 Two more losses help: the image features must tell the pseudo-labels as well (they learn in fewer steps what to look
 for), and the prediction stays the same from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
-Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end
+Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end;
+       out/pretrain/<scene>.pt {meta, scene, token [T], bev (T, H, W) uint8}: the consensus, laid out like bev_gt
 
     python 03_pretrain.py
     python 03_pretrain.py --out out --preset paper --steps 60000 --batch-size 4 --lr 2e-4
@@ -29,10 +30,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASSES, IGNORE, NUM_CLASSES, Frames, cells_in_cameras, check_training, pixels_to_ground,
-                       positive, read_splits, relative_pose, render, warp)
+from reproject import (CLASS_WEIGHTS, CLASSES, GRID_META, IGNORE, NUM_CLASSES, Frames, cells_in_cameras,
+                       check_training, is_finished, load_artifact, make_meta, pixels_to_ground, positive, read_splits,
+                       relative_pose, render, save_pt, warp)
 
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
+TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
 IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
 LINES = {"divider": 7.0, "boundary": 3.0}  # thin classes, and the longest gap in m that is no gap: dashes, parked cars
@@ -45,25 +48,23 @@ def parse_args():
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 3.0, 2.0, 3.0], metavar="W",
-                        help="cross-entropy weights of background, divider, ped_crossing, boundary")
-    parser.add_argument("--loss", default="consensus", choices=("consensus", "rendered"),
-                        help="what the map is compared with: the agreement of the scene's cameras, or its own cameras")
+    parser.add_argument("--target", default="consensus", choices=("consensus", "painted", "rendered"),
+                        help="what the map is compared with: what the scene's cameras agree on, in the style of a map "
+                        "or as painted; or the labels of its own frame's cameras, into which it is rendered")
     parser.add_argument("--view-range", type=float, default=math.inf,
                         help="s; frames within this time of a frame take part in its consensus (0: it alone)")
     parser.add_argument("--max-range", type=positive, default=20.0,
                         help="m; pixels that look at ground farther from their camera do not count")
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
-    parser.add_argument("--as-painted", action="store_true", help="leave lines as wide and as dashed as labelled")
+    parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
     parser.add_argument("--image", type=float, default=1.0, help="weight of the loss on the image features")
-    parser.add_argument("--temporal", type=float, default=0.1, help="weight of the temporal loss")
-    parser.add_argument("--smear", action="store_true", help="the temporal loss of the paper, which blurs")
+    parser.add_argument("--temporal", default="sure", choices=TEMPORAL, help="form of the temporal loss")
     parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
@@ -74,7 +75,37 @@ def parse_args():
 
 # ---------------------------------------------------------------- what the cameras of a scene agree on
 
-def cast_votes(frames, index, views, args):
+def tilted(pitch, roll):
+    """The rotation (4, 4) of a car that stands on a slope: nose down by `pitch`, left side up by `roll`, radians."""
+    (c, s), (d, r) = ((math.cos(a), math.sin(a)) for a in (pitch, roll))
+    about_y = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])
+    return about_y @ torch.tensor([[1, 0, 0, 0], [0, d, -r, 0], [0, r, d, 0], [0, 0, 0, 1]])
+
+
+def find_slope(frames, index, args):
+    """The slope (pitch, roll), radians, of a scene's ground against level, on which its cameras agree best.
+
+    On a slope that nobody knows of, each camera takes the same paint for another place. Votes that meet count for more
+    than votes that lie side by side in the sum of the squares of their numbers: it is largest for the right slope.
+    Looked for in steps of 1, 0.5 and 0.25 degrees, in every third frame.
+    """
+    best, views = (0.0, 0.0), range(0, len(frames.scenes[index]["timestamp"]), 3)
+
+    def agreement(slope):
+        votes, _ = cast_votes(frames, index, views, args, slope)
+        return votes[1:].square().sum() / votes[1:].sum().clamp(min=1e-6)
+
+    known = {best: agreement(best)}
+    for step in (math.radians(degrees) for degrees in (1.0, 0.5, 0.25)):
+        for _ in range(2):
+            for move in ((step, 0), (-step, 0), (0, step), (0, -step)):
+                slope = best[0] + move[0], best[1] + move[1]
+                known[slope] = known.get(slope) or agreement(slope)
+            best = max(known, key=known.get)
+    return best
+
+
+def cast_votes(frames, index, views, args, slope=(0.0, 0.0)):
     """Lay the labels of some key frames (`views`) of a scene on the ground, and count.
 
     Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
@@ -85,10 +116,11 @@ def cast_votes(frames, index, views, args):
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
     corner = car.amin(0) - args.max_range - 3  # cameras sit up to 2 m from the car's origin
     X, Y = ((car.amax(0) + args.max_range + 3 - corner) / RASTER).ceil().long().tolist()
-    votes = torch.zeros(NUM_CLASSES * X * Y)
+    votes, tilt = torch.zeros(NUM_CLASSES * X * Y), tilted(*slope)
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
-        xy_ego, distance = pixels_to_ground(scene["K"][t], scene["ego_T_cam"][t], label.shape[-2:])  # (N, h, w, 2)
+        # (N, h, w, 2) m, (N, h, w) m
+        xy_ego, distance = pixels_to_ground(scene["K"][t], tilt @ scene["ego_T_cam"][t], label.shape[-2:])
         if args.margin < 0:
             label = torch.where(label == IGNORE, 0, label)
         # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
@@ -115,8 +147,8 @@ def middle_of_lines(share):
     disc = ((dx ** 2 + dy ** 2 <= n * n) & (dx ** 2 + dy ** 2 > 0)).float()
     # Twice the angle, so that the two ends of a line agree on its direction instead of cancelling out.
     angle = 2 * torch.atan2(dy, dx)
-    cos, sin, total = F.conv2d(share[None, None], (disc * torch.stack((angle.cos(), angle.sin(), angle * 0 + 1)))[:, None],
-                               padding=n)[0]
+    kernels = disc * torch.stack((angle.cos(), angle.sin(), torch.ones_like(angle)))  # (3, 2n+1, 2n+1)
+    cos, sin, total = F.conv2d(share[None, None], kernels[:, None], padding=n)[0]  # (X, Y) each
     elongated = (cos ** 2 + sin ** 2).sqrt() > 0.35 * total
     row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
     direction = torch.atan2(sin, cos)[row, column] / 2
@@ -153,21 +185,33 @@ def join_dashes(row, column, direction, shape, gap):
 def consensus(frames, index, config, args):
     """What the labels of a scene's frames agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
 
-    Cells that no camera has seen are IGNORE. With --as-painted, lines stay as wide and as dashed as they are labelled.
+    Cells that no camera has seen are IGNORE. With --target painted, lines stay as wide and as dashed as labelled.
     """
     scene, maps, known = frames.scenes[index], [], {}
+    slope = find_slope(frames, index, args) if args.slope else (0.0, 0.0)
     cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
     for t, world_T_ego in enumerate(scene["world_T_ego"]):
         away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (T,) microseconds
         views = tuple((away <= 1e6 * args.view_range).nonzero().flatten().tolist())
         if views not in known:
-            votes, corner = cast_votes(frames, index, views, args)
-            known[views] = draw(votes, config, args.as_painted), corner
+            votes, corner = cast_votes(frames, index, views, args, slope)
+            known[views] = draw(votes, config, args.target == "painted"), corner
         world, corner = known[views]
         row, column = ((cells @ world_T_ego[:2, :2].T + world_T_ego[:2, 3] - corner) / RASTER).floor().long().unbind(-1)
         inside = (row >= 0) & (row < world.shape[0]) & (column >= 0) & (column < world.shape[1])  # (H, W)
         maps.append(torch.where(inside, world[row * inside, column * inside], IGNORE))
     return torch.stack(maps)
+
+
+def stored_consensus(path, frames, index, config, args):
+    """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
+    scene, remedy = frames.scenes[index], "delete it or choose another --name"
+    settings = {key: getattr(args, key) for key in ("view_range", "max_range", "margin", "slope", "target")}
+    meta = make_meta(config, {**scene["meta"]["source"], **settings})
+    if not is_finished(path, meta, GRID_META, scene["token"], remedy):
+        save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
+                 "bev": consensus(frames, index, config, args)}, path)
+    return load_artifact(path, remedy)["bev"]
 
 
 def draw(votes, config, as_painted):
@@ -205,8 +249,7 @@ def image_loss(head, features, label, class_weights):
     """Cross-entropy of `head` (model.image_head) on the finest image features (B*N, C, h/s, w/s) against the
     pseudo-labels (B, N, h, w), at half their size."""
     label = label.flatten(0, 1)[:, ::2, ::2]  # (B*N, h/2, w/2)
-    upscale = math.isqrt(head.out_channels // NUM_CLASSES)
-    logits = F.pixel_shuffle(head(features), upscale)  # (B*N, classes, h/2, w/2)
+    logits = head(features)  # (B*N, classes, h/2, w/2)
     return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, class_weights)
 
 
@@ -234,33 +277,33 @@ def temporal_loss(logits, before, batch, grid, smear=False):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
-    if args.margin < -1 or not args.view_range >= 0 or min(args.image, args.temporal) < 0:
-        sys.exit("error: --margin is at least -1; --view-range, --image and --temporal are at least 0")
+    if args.margin < -1 or not args.view_range >= 0 or args.image < 0:
+        sys.exit("error: --margin is at least -1; --view-range and --image are at least 0")
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
     path = Path(args.out) / f"{args.name}.pt"
     model = initial_model(args, config, path).to(args.device)
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
-    if args.loss == "consensus":
+    if args.target != "rendered":
         for index, scene in enumerate(tqdm(frames.scenes, desc="consensus", unit="scene")):
-            scene["bev"] = consensus(frames, index, config, args)
+            scene["bev"] = stored_consensus(path.with_suffix("") / f"{scene['scene']}.pt", frames, index, config, args)
     features = {}  # what the image features of the frame that ran last were
     model.fpn.register_forward_hook(lambda module, images, levels: features.update(levels))
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
-        if args.loss == "consensus":
-            loss = segmentation_loss(logits, batch["bev"], args.class_weights)
+        if args.target == "rendered":
+            loss = reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS, args.max_range)
         else:
-            loss = reprojection_loss(logits, batch, config.grid, args.class_weights, args.max_range)
-        parts = {args.loss: loss}
+            loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
+        parts = {args.target: loss}
         if args.image:
             finest = features[str(min(config.stages))]
             parts["image"] = image_loss(model.image_head, finest, batch["label"], IMAGE_WEIGHTS)
-        if args.temporal and before is not None:
-            parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.smear)
-        weights = {"image": args.image, "temporal": args.temporal}
+        if args.temporal != "off" and before is not None:
+            parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.temporal == "smear")
+        weights = {"image": args.image, "temporal": TEMPORAL[args.temporal]}
         return sum(weights.get(name, 1) * part for name, part in parts.items()), parts
 
     fit(model, frames, loss_fn, args, path)

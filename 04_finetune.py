@@ -1,13 +1,17 @@
 """Stage 04: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
 
+The other scenes keep what their cameras agree on in pretraining: so the network does not forget, on half of the
+streets, what it has seen on the rest of them.
+
 The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
 on every machine and with every seed. The checkpoint records which they were.
 
-Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init
+Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init, e.g.
+       out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
 Writes out/finetune.pt (model, config, args, optimizer, step, rng), every minute and at the end
 
     python 04_finetune.py
-    python 04_finetune.py --init scratch --labels 1.0 --name scratch_100
+    python 04_finetune.py --init scratch --labels 1.0 --steps 1200 --lr 1.5e-3 --name scratch_100
 """
 import argparse
 import hashlib
@@ -17,7 +21,7 @@ from pathlib import Path
 import torch
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import Frames, check_training, positive, read_splits
+from reproject import CLASS_WEIGHTS, Frames, check_training, positive, read_splits
 
 
 def parse_args():
@@ -29,13 +33,12 @@ def parse_args():
     parser.add_argument("--init", default="{out}/pretrain.pt",
                         help="checkpoint of 03_pretrain.py, scratch, or a released BEVFormer (.pth)")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
-    parser.add_argument("--steps", type=int, default=250, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=positive, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=5e-4, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
-    parser.add_argument("--class-weights", type=positive, nargs=4, default=[1.0, 4.0, 2.0, 4.0], metavar="W",
-                        help="cross-entropy weights of background, divider, ped_crossing, boundary")
+    parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
     parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
@@ -57,16 +60,20 @@ if __name__ == "__main__":
     check_training(args)
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
-    scenes = args.scenes = choose_scenes(read_splits(args.out)["train"], args.labels)  # into the checkpoint, with args
-    frames = Frames(args.out, scenes, config, config.history, bev_gt=True)
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
+    train = read_splits(args.out)["train"]
+    args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
+    learnt, rest = Path(args.init).with_suffix(""), {}
+    if learnt.is_dir() and not args.labelled_only:
+        rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
+    frames = Frames(args.out, args.scenes + list(rest), config, config.history, bev_gt=True, consensus=rest)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     model = initial_model(args, config, path).to(args.device)
 
     def loss_fn(batch):
         logits, _ = run_sequence(model, batch)
-        loss = segmentation_loss(logits, batch["bev"], args.class_weights)
+        loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
         return loss, {"loss": loss}
 
-    print(f"labelled scenes: {len(scenes)}, key frames: {len(frames)}, init: {args.init}")
+    print(f"scenes with labels: {len(args.scenes)}, with the consensus of pretraining: {len(rest)}; init: {args.init}")
     fit(model, frames, loss_fn, args, path)

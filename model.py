@@ -241,8 +241,8 @@ class BEVSegmenter(nn.Module):
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), nn.BatchNorm2d(C // 2), nn.ReLU(),
                                       nn.Conv2d(C // 2, NUM_CLASSES, 1))
-        # Used in pretraining alone: class logits of the cameras' pixels, at half the size of the image.
-        self.image_head = nn.Conv2d(C, NUM_CLASSES * 4 ** min(config.stages), 1)
+        n = 2 ** min(config.stages)  # in pretraining, image features must tell their pixels' classes, at half the size
+        self.image_head = nn.Sequential(nn.Conv2d(C, NUM_CLASSES * n * n, 1), nn.PixelShuffle(n))
         self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU

@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,32 +25,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SUPERVISED, PRETRAIN, FINETUNE = 1200, 400, 120  # steps
+SUPERVISED, PRETRAIN, FINETUNE = 1200, 600, 150  # steps
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
+
+
+def supervised(steps, labels=1.0):
+    """A row of the baseline: script, flags, the row whose checkpoint it starts from."""
+    return "04_finetune.py", ["--init", "scratch", "--labels", labels, "--steps", steps, "--lr", 1.5e-3], None
+
+
 ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
-    "supervised 100%": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0, "--steps", SUPERVISED], None),
-    "supervised 50%": ("04_finetune.py", ["--init", "scratch", "--labels", 0.5, "--steps", SUPERVISED], None),
-    "supervised 10%": ("04_finetune.py", ["--init", "scratch", "--labels", 0.1, "--steps", SUPERVISED], None),
+    "supervised 100%": supervised(SUPERVISED),
+    "supervised 50%": supervised(SUPERVISED, 0.5),
+    "supervised 10%": supervised(SUPERVISED, 0.1),
     "pretraining alone": ("03_pretrain.py", ["--steps", PRETRAIN], None),
     "pretraining + 100%": ("04_finetune.py", ["--labels", 1.0, "--steps", FINETUNE], "pretraining alone"),
     "pretraining + 50%": ("04_finetune.py", ["--labels", 0.5, "--steps", FINETUNE], "pretraining alone"),
     "pretraining + 10%": ("04_finetune.py", ["--labels", 0.1, "--steps", FINETUNE], "pretraining alone"),
 }
 QUICK = ("supervised 100%", "pretraining alone", "pretraining + 50%", "pretraining + 10%")
-SHORTER = {f"supervised 100%, {steps} steps": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0,
-                                                                 "--steps", steps], None)
+SHORTER = {f"supervised 100%, {steps} steps": supervised(steps)
            for steps in (SUPERVISED // 8, SUPERVISED // 4, SUPERVISED // 2)}
-PAPER = ["--loss", "rendered", "--image", 0, "--class-weights", 1, 5, 2, 5, "--history-share", 1]
+PAPER = ["--target", "rendered", "--image", 0, "--history-share", 1]
 ABLATIONS = {name: ("03_pretrain.py", ["--steps", PRETRAIN, *flags], None) for name, flags in {
     "all": [],
     "one view": ["--view-range", 0],
-    "labels as painted": ["--as-painted"],
+    "labels as painted": ["--target", "painted"],
     "hidden ground not left out": ["--margin", -1],
     "no margin around what hides": ["--margin", 0],
     "no loss on the image features": ["--image", 0],
-    "rendered into its own cameras": [*PAPER, "--temporal", 0],
-    "the same, temporal loss that smears": [*PAPER, "--temporal", 1, "--smear"],
-    "the same, temporal loss mended": [*PAPER, "--temporal", 1],
+    "rendered into its own cameras": [*PAPER, "--temporal", "off"],
+    "the same, temporal loss that smears": [*PAPER, "--temporal", "smear"],
+    "the same, temporal loss mended": [*PAPER, "--temporal", "sure"],
 }.items()}
 
 
@@ -88,6 +95,7 @@ def result(out, store, row, seed):
                 flags = ["--init", checkpoint_of(out, start, seed), *flags]
             checkpoint = checkpoint_of(out, row, seed)
             checkpoint.unlink(missing_ok=True)  # half a run would hide half of the seconds
+            shutil.rmtree(checkpoint.with_suffix(""), ignore_errors=True)  # and so would a consensus
             name = checkpoint.relative_to(out).with_suffix("")
             seconds += run(script, "--out", out, "--name", name, "--seed", seed, "--bf16", *flags)
         run("05_eval.py", "--out", out, "--checkpoint", checkpoint, "--pictures", 0)
@@ -124,7 +132,8 @@ def sharpness(out, checkpoint):
             p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
             edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
             width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()
-            seen = cells_in_cameras(frame["K"], frame["ego_T_cam"], model.config.image_size, model.config.grid)[1].any(1)
+            camera = frame["K"], frame["ego_T_cam"], model.config.image_size
+            seen = cells_in_cameras(*camera, model.config.grid)[1].any(1)  # (1, H, W)
             now = torch.cat((p, seen[:, None].float()), 1)
             if frame["linked"].item():
                 then, _ = warp(before[1], relative_pose(before[0], frame["world_T_ego"]), model.config.grid)
@@ -179,7 +188,8 @@ def picture(found, shorter, path):
     def draw(results, label, colour, marker):
         points = [(statistics.mean(r["seconds"] for r in row), *interval([r["miou"] for r in row])) for row in results]
         x, y, half = zip(*sorted(points))
-        plt.errorbar(x, y, [0 if math.isnan(h) else h for h in half], color=colour, marker=marker, capsize=3, label=label)
+        half = [0 if math.isnan(h) else h for h in half]
+        plt.errorbar(x, y, half, color=colour, marker=marker, capsize=3, label=label)
 
     draw([*([r] for r in shorter), found["supervised 100%"]], "supervised, 100% of the labels", "#0072B2", "o")
     for row, label, colour, marker in (("supervised 50%", "supervised, 50%", "#56B4E9", "s"),
@@ -217,8 +227,7 @@ def main(args):
     """All of a mode."""
     (Path(args.out) / "claim").mkdir(parents=True, exist_ok=True)
     if args.length:
-        lengths = {f"supervised 100%, {steps} steps": ("04_finetune.py", ["--init", "scratch", "--labels", 1.0,
-                                                                         "--steps", steps], None)
+        lengths = {f"supervised 100%, {steps} steps": supervised(steps)
                    for steps in (SUPERVISED // 2, SUPERVISED, 2 * SUPERVISED)}
         table(hold_out(args.out), lengths, lengths, args.seeds)
     elif args.ablations:

@@ -57,6 +57,9 @@ def test_stages_leave_what_they_promise(world):
     checkpoint = torch.load(out / "finetune.pt", weights_only=True)
     assert {"model", "config", "args", "optimizer", "step", "rng"} <= checkpoint.keys()
     assert checkpoint["step"] == 3 and checkpoint["args"]["scenes"] == splits["train"]
+    learnt = torch.load(out / f"pretrain/{splits['train'][0]}.pt", weights_only=True)
+    assert learnt["token"] == torch.load(out / f"frames/{splits['train'][0]}.pt", weights_only=True)["token"]
+    assert learnt["bev"].shape == (3, 200, 100) and set(learnt["bev"].unique().tolist()) <= {0, 1, 2, 3, 255}
     metrics = json.loads((out / "eval/metrics.json").read_text())
     assert metrics["checkpoint"] == "out/finetune.pt" and metrics["split"] == "val" and metrics["num_samples"] == 3
     assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
@@ -89,7 +92,10 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps and --batch-size are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
-    ("03_pretrain.py", ["--steps", "3", "--temporal", "0.1"], "was trained with temporal 0.5, not 0.1"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal sure, not off"),
+    ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),
+    ("03_pretrain.py", ["--history-share", "2", "--name", "b"], "--history-share is from 0 to 1"),
+    ("03_pretrain.py", ["--steps", "3", "--max-range", "9"], "was made with other max_range 20.0, now 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: give one of 03"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
     ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
@@ -143,7 +149,7 @@ def test_a_damaged_picture_is_named_by_a_worker_too(world, tmp_path):
     frames["image"][1][2] = frames["image"][1][2][:500]
     save_pt(frames, tmp_path / f"out/frames/{scene}.pt")
     for workers in (0, 1):
-        command = [sys.executable, ROOT / "03_pretrain.py", "--steps", "3", "--name", "b", "--workers", str(workers)]
+        command = [sys.executable, ROOT / "03_pretrain.py", "--steps", "9", "--name", "b", "--workers", str(workers)]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert f"frames/{scene}.pt: image of frame 1 is damaged" in result.stderr

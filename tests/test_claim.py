@@ -1,0 +1,54 @@
+"""What bench_claim.py computes beside running the stages: intervals, sharpness, the split of its trials."""
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from bench_claim import ABLATIONS, ROWS, energy, hold_out, interval, table, with_interval
+
+
+def test_interval_is_students():
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert math.isnan(interval([0.3])[1]) and with_interval([0.3]) == "0.300"
+    assert with_interval([0.3, 0.3]) == "0.300 ± 0.000"
+
+
+def test_a_blurred_line_has_less_energy():
+    sharp = torch.zeros(1, 4, 20, 10)
+    sharp[:, 1, :, 4:6] = 1
+    assert energy(sharp) == 40  # two edges of 20 cells
+    blurred = torch.nn.functional.avg_pool2d(sharp, (1, 3), 1, (0, 1))
+    assert energy(blurred) < 0.7 * energy(sharp)
+    assert energy(torch.ones(1, 4, 5, 5)) == 0
+
+
+def test_trials_never_see_the_val_scenes(tmp_path):
+    for folder in ("frames", "bev_gt"):
+        (tmp_path / folder).mkdir()
+    names = [f"scene-{i:04d}" for i in range(10)]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": names[:8], "val": names[8:]}))
+    for _ in range(2):  # the second time it is there already
+        folder = hold_out(tmp_path)
+    splits = json.loads((folder / "splits.json").read_text())
+    assert splits["val"] == [names[0], names[4]] and set(splits["train"]) == set(names[:8]) - set(splits["val"])
+    assert (folder / "frames").resolve() == (tmp_path / "frames").resolve()
+
+
+def test_known_results_are_not_measured_again(tmp_path, capsys):
+    (tmp_path / "claim").mkdir()
+    score = {"seconds": 10.0, "miou": 0.4, "iou": {"divider": 0.3, "ped_crossing": 0.5, "boundary": 0.4}}
+    known = {f"supervised 100%, seed {seed}": score | {"miou": 0.4 + seed / 10} for seed in range(2)}
+    (tmp_path / "claim/results.json").write_text(json.dumps(known))
+    found = table(tmp_path, ROWS, ["supervised 100%"], 2)
+    assert [r["miou"] for r in found["supervised 100%"]] == [0.4, 0.5]
+    line = "| supervised 100% | 0.300 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 0.450 ± 0.635 | 10 ± 0 |"
+    assert line in capsys.readouterr().out
+
+
+def test_every_row_has_flags_that_its_stage_takes(monkeypatch):
+    for script, flags, start in (ROWS | ABLATIONS).values():
+        assert start is None or start in ROWS
+        monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
+        importlib.import_module(script.removesuffix(".py")).parse_args()
