@@ -38,6 +38,7 @@ RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as 
 TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
 IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
+STRAY = 2  # so few cells of a line may have the wrong direction and go astray together
 LINES = {"divider": 7.0, "boundary": 3.0}  # thin classes, and the longest gap in m that is no gap: dashes, parked cars
 
 
@@ -75,37 +76,23 @@ def parse_args():
 
 # ---------------------------------------------------------------- what the cameras of a scene agree on
 
-def tilted(pitch, roll):
-    """The rotation (4, 4) of a car that stands on a slope: nose down by `pitch`, left side up by `roll`, radians."""
-    (c, s), (d, r) = ((math.cos(a), math.sin(a)) for a in (pitch, roll))
-    about_y = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])
-    return about_y @ torch.tensor([[1, 0, 0, 0], [0, d, -r, 0], [0, r, d, 0], [0, 0, 0, 1]])
-
-
 def find_slope(frames, index, args):
-    """The slope (pitch, roll), radians, of a scene's ground against level, on which its cameras agree best.
+    """The slope of a scene's ground along the car, radians, on which its cameras agree best; positive: it falls ahead.
 
-    On a slope that nobody knows of, each camera takes the same paint for another place. Votes that meet count for more
-    than votes that lie side by side in the sum of the squares of their numbers: it is largest for the right slope.
-    Looked for in steps of 1, 0.5 and 0.25 degrees, in every third frame.
+    On a slope that nobody knows of, each camera takes the same paint for another place, where the others see bare
+    ground. Agreement is the share that a marking's votes have in the votes of their cells, on average. Every third
+    frame is asked, and every quarter of a degree up to 3 degrees (5%).
     """
-    best, views = (0.0, 0.0), range(0, len(frames.scenes[index]["timestamp"]), 3)
+    views = range(0, len(frames.scenes[index]["timestamp"]), 3)
 
     def agreement(slope):
         votes, _ = cast_votes(frames, index, views, args, slope)
-        return votes[1:].square().sum() / votes[1:].sum().clamp(min=1e-6)
+        return (votes[1:].square().sum() / (votes[1:] * votes.sum(0)).sum().clamp(min=1e-6)).item()
 
-    known = {best: agreement(best)}
-    for step in (math.radians(degrees) for degrees in (1.0, 0.5, 0.25)):
-        for _ in range(2):
-            for move in ((step, 0), (-step, 0), (0, step), (0, -step)):
-                slope = best[0] + move[0], best[1] + move[1]
-                known[slope] = known.get(slope) or agreement(slope)
-            best = max(known, key=known.get)
-    return best
+    return max((math.radians(quarters / 4) for quarters in range(-12, 13)), key=agreement)
 
 
-def cast_votes(frames, index, views, args, slope=(0.0, 0.0)):
+def cast_votes(frames, index, views, args, slope=0.0):
     """Lay the labels of some key frames (`views`) of a scene on the ground, and count.
 
     Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
@@ -116,11 +103,12 @@ def cast_votes(frames, index, views, args, slope=(0.0, 0.0)):
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
     corner = car.amin(0) - args.max_range - 3  # cameras sit up to 2 m from the car's origin
     X, Y = ((car.amax(0) + args.max_range + 3 - corner) / RASTER).ceil().long().tolist()
-    votes, tilt = torch.zeros(NUM_CLASSES * X * Y), tilted(*slope)
+    votes, c, s = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope)
+    level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # seen from the slope
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
         # (N, h, w, 2) m, (N, h, w) m
-        xy_ego, distance = pixels_to_ground(scene["K"][t], tilt @ scene["ego_T_cam"][t], label.shape[-2:])
+        xy_ego, distance = pixels_to_ground(scene["K"][t], level_T_ego @ scene["ego_T_cam"][t], label.shape[-2:])
         if args.margin < 0:
             label = torch.where(label == IGNORE, 0, label)
         # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
@@ -161,12 +149,11 @@ def middle_of_lines(share):
 
 
 def join_dashes(row, column, direction, shape, gap):
-    """Go along the line from each of its cells; where it goes on within `gap` metres, all between belongs to it.
+    """Go along the line from each of its cells; where it goes on within `gap` metres, what lies between belongs to it.
 
     Arguments as middle_of_lines returns them. Returns the cells of the joined lines (X, Y) bool.
     """
-    joined = torch.zeros(shape, dtype=torch.bool)
-    joined[row, column] = True
+    walks = torch.zeros(shape)  # how many of them came through each cell
     nothing = -10.0  # radians; no direction
     line = torch.full(shape, nothing)
     line[row, column] = direction
@@ -178,8 +165,10 @@ def join_dashes(row, column, direction, shape, gap):
         turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
         goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)
         last = (goes_on * steps).amax(1, keepdim=True)  # (P, 1), 0: nowhere
-        joined[x[steps <= last], y[steps <= last]] = True
-    return joined
+        between = steps <= last  # (P, steps)
+        walks.view(-1).index_add_(0, (x * shape[1] + y)[between], torch.ones(between.sum()))
+    walks[row, column] = STRAY + 1
+    return walks > STRAY
 
 
 def consensus(frames, index, config, args):
@@ -188,7 +177,7 @@ def consensus(frames, index, config, args):
     Cells that no camera has seen are IGNORE. With --target painted, lines stay as wide and as dashed as labelled.
     """
     scene, maps, known = frames.scenes[index], [], {}
-    slope = find_slope(frames, index, args) if args.slope else (0.0, 0.0)
+    slope = find_slope(frames, index, args) if args.slope else 0.0
     cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
     for t, world_T_ego in enumerate(scene["world_T_ego"]):
         away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (T,) microseconds
