@@ -64,7 +64,7 @@ def parse_args():
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
-    parser.add_argument("--image", type=float, default=1.0, help="weight of the loss on the image features")
+    parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
     parser.add_argument("--temporal", default="sure", choices=TEMPORAL, help="form of the temporal loss")
     parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
