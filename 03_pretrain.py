@@ -101,8 +101,9 @@ def cast_votes(frames, index, views, args, slope=0.0):
     """
     scene = frames.scenes[index]
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
-    corner = car.amin(0) - args.max_range - 3  # cameras sit up to 2 m from the car's origin
-    X, Y = ((car.amax(0) + args.max_range + 3 - corner) / RASTER).ceil().long().tolist()
+    reach = args.max_range + scene["ego_T_cam"][..., :2, 3].norm(dim=-1).max() + 1  # m from the car's origin
+    corner = car.amin(0) - reach
+    X, Y = ((car.amax(0) + reach - corner) / RASTER).ceil().long().tolist()
     votes, c, s = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope)
     level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # seen from the slope
     for t in views:
