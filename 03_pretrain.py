@@ -7,8 +7,9 @@ that camera. (Phase 1 of the paper.) There are two ways to do so:
 - `--target consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at
   the same map. Rendering it into each of them and adding up the cross-entropy of all their pixels is the same sum as
   letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The
-  votes are cast once; from then on a hundred views cost no more than one. And on the ground, unlike in an image, one
-  can measure: a line gets the width that the map gives it, and its dashes are joined.
+  votes are cast once, and what they agree on is drawn as a map, which is the target: from then on a hundred views
+  cost no more than one. And on the ground, unlike in an image, one can measure: a line gets the width that the map
+  gives it, and its dashes are joined.
 
 Two more losses help: the image features must tell the pseudo-labels as well (they learn in fewer steps what to look
 for), and the prediction stays the same from one frame to the next.
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, GRID_META, IGNORE, NUM_CLASSES, Frames, cells_in_cameras,
+from reproject import (CLASS_WEIGHTS, CLASSES, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, Frames, cells_in_cameras,
                        check_training, is_finished, load_artifact, make_meta, pixels_to_ground, positive, read_splits,
                        relative_pose, render, save_pt, warp)
 
@@ -89,7 +90,8 @@ def find_slope(frames, index, args):
         votes, _ = cast_votes(frames, index, views, args, slope)
         return (votes[1:].square().sum() / (votes[1:] * votes.sum(0)).sum().clamp(min=1e-6)).item()
 
-    return max((math.radians(quarters / 4) for quarters in range(-12, 13)), key=agreement)
+    return max((math.radians(quarters / 4) for quarters in range(-12, 13)),
+               key=lambda slope: (agreement(slope), -abs(slope)))  # level, where nothing is painted
 
 
 def cast_votes(frames, index, views, args, slope=0.0):
@@ -97,7 +99,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
 
     Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
     its y axis, RASTER metres each. For a map of log probabilities, -(votes * map).sum() is the cross-entropy of all
-    these pixels, were the map rendered into all these cameras.
+    these pixels, each with the weight of its vote, were the map rendered into all these cameras.
     """
     scene = frames.scenes[index]
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
@@ -195,10 +197,10 @@ def consensus(frames, index, config, args):
 
 def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
-    scene, remedy = frames.scenes[index], "delete it or choose another --name"
+    scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"
     settings = {key: getattr(args, key) for key in ("view_range", "max_range", "margin", "slope", "target")}
     meta = make_meta(config, {**scene["meta"]["source"], **settings})
-    if not is_finished(path, meta, GRID_META, scene["token"], remedy):
+    if not is_finished(path, meta, FRAMES_META + GRID_META, scene["token"], remedy):
         save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
                  "bev": consensus(frames, index, config, args)}, path)
     return load_artifact(path, remedy)["bev"]

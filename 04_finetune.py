@@ -63,7 +63,7 @@ if __name__ == "__main__":
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     train = read_splits(args.out)["train"]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
-    learnt, rest = Path(args.init).with_suffix(""), {}
+    learnt, rest = Path(args.init.removesuffix(".pt")), {}
     if args.init.endswith(".pt") and learnt.is_dir() and not args.labelled_only:
         rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, bev_gt=True, consensus=rest)

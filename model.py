@@ -249,8 +249,6 @@ class BEVSegmenter(nn.Module):
 
     def load_backbone_weights(self):
         """Fill the backbone with torchvision's ImageNet weights (config.weights); needs the network or its cache."""
-        if self.config.weights is None:
-            return
         try:
             weights = torchvision.models.get_model_weights(self.config.backbone)[self.config.weights]
             state = weights.get_state_dict(progress=True, check_hash=True)
@@ -421,7 +419,7 @@ def initial_model(args, config, path):
     checkpoint of 03 or of a released BEVFormer (.pth). args.init_digest then says which weights these were."""
     model, args.init_digest, goes_on = BEVSegmenter(config), None, Path(path).exists()
     if args.init == "scratch":
-        if not goes_on:  # a run that goes on has its weights already
+        if config.weights and not goes_on:  # a run that goes on has its weights already
             model.load_backbone_weights()
         return model
     if goes_on and not Path(args.init).exists():
@@ -447,6 +445,7 @@ def initial_model(args, config, path):
     return model
 
 
+@watched()
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
     loss_fn(batch) -> (loss, {name: float tensor} for the progress bar); args: the flags of 03 or 04."""
@@ -456,7 +455,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     start = resume(model, optimizer, args, path)
     batches = batch_samples(len(data), args, model.config.history, start)
     loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers)
-    bar = tqdm(watched(loader), initial=start, total=args.steps, desc=Path(path).stem, unit="step")
+    bar = tqdm(loader, initial=start, total=args.steps, desc=Path(path).stem, unit="step")
     model.train()
     saved, began = time.time(), time.time()
     for i, batch in enumerate(bar, start):

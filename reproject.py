@@ -621,10 +621,12 @@ def learning_rate(step, steps, peak):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def watched(loader):
-    """The loader's batches. A worker that stopped has already said why, in one line of its own."""
+@contextlib.contextmanager
+def watched():
+    """Stop with one line if a worker of a DataLoader stops. It has said why, in a line of its own; PyTorch may raise
+    its error anywhere, not only where the next batch is fetched."""
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -103,6 +103,7 @@ def result(out, store, row, seed):
         known[key] = {"seconds": round(seconds, 1), "miou": metrics["miou"], "iou": metrics["iou"]}
         if row in ABLATIONS:
             known[key] |= sharpness(out, checkpoint)
+        known = (json.loads(path.read_text()) if path.exists() else {}) | {key: known[key]}  # a start row may be new
         path.write_text(json.dumps(known, indent=1))
     return known[key]
 
@@ -141,7 +142,7 @@ def sharpness(out, checkpoint):
                 moved, places = moved + ((p - then[:, :-1]).abs().sum(1) / 2 * both).sum(), places + both.sum()
             before = frame["world_T_ego"], now
     return {"edges": (edges / truth_edges).item(), "width": (width / truth_width).item(),
-            "flicker": (moved / places).item()}
+            "flicker": (moved / max(places, 1)).item() if places else 0.0}
 
 
 def energy(p):
