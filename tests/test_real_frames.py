@@ -143,9 +143,9 @@ def test_stages_03_to_05_run_and_overfit(key_frames):
     out = key_frames[0]["out"]
     (out / "splits.json").write_text(json.dumps({"train": ["scene-0061", "scene-0103"], "val": []}))
     for script, *args in (["03_pretrain.py", "--steps", "2"],
-                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "100",
-                           "--batch-size", "3"],
+                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "200",
+                           "--batch-size", "3", "--lr", "3e-3"],
                           ["05_eval.py", "--checkpoint", out / "finetune.pt", "--split", "train"]):
         result = subprocess.run([sys.executable, ROOT / script, "--out", out, *args], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.8  # measured: 0.89
+    assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.8  # measured: 0.94
