@@ -571,7 +571,10 @@ class Frames(torch.utils.data.Dataset):
             return torch.stack([decode(data) for data in self.scenes[scene][key][t]])
         except (OSError, SyntaxError, RuntimeError):  # PIL reports a broken PNG as SyntaxError
             name = self.scenes[scene]["scene"]
-            sys.exit(f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py")
+            message = f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py"
+            if torch.utils.data.get_worker_info():  # of a worker's errors, only an exception reaches the main process
+                raise RuntimeError(message) from None
+            sys.exit(message)
 
 
 def mirror(item):
@@ -623,14 +626,15 @@ def learning_rate(step, steps, peak):
 
 @contextlib.contextmanager
 def watched():
-    """Stop with one line if a worker of a DataLoader stops. It has said why, in a line of its own; PyTorch may raise
-    its error anywhere, not only where the next batch is fetched."""
+    """Stop with one line where a worker of a DataLoader has met a damaged file, or was stopped itself."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit("error: a worker that decodes images stopped (see above, or too little memory: use fewer --workers)")
+        said = str(error).strip().splitlines()[-1].partition("error: ")[2]  # below the worker's traceback
+        sys.exit("error: " + (said or "a worker that decodes images was stopped, perhaps for want of memory: "
+                                      "use fewer --workers"))
 
 
 def positive(text):
