@@ -31,16 +31,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, Frames, cells_in_cameras,
-                       check_training, is_finished, load_artifact, make_meta, pixels_to_ground, positive, read_splits,
-                       relative_pose, render, save_pt, warp)
+from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, Frames,
+                       cells_in_cameras, check_training, is_finished, load_artifact, make_meta, pixels_to_ground,
+                       positive, read_splits, relative_pose, render, save_pt, warp)
 
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
 IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
 STRAY = 2  # so few cells of a line may have the wrong direction and go astray together
-LINES = {"divider": 7.0, "boundary": 3.0}  # thin classes, and the longest gap in m that is no gap: dashes, parked cars
+# Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
+LINES = {"divider": (7.0, 6.0), "boundary": (3.0, 0.0)}
 
 
 def parse_args():
@@ -151,26 +152,28 @@ def middle_of_lines(share):
     return row[highest], column[highest], direction[highest]
 
 
-def join_dashes(row, column, direction, shape, gap):
+def join_dashes(row, column, direction, shape, gap, shortest):
     """Go along the line from each of its cells; where it goes on within `gap` metres, what lies between belongs to it.
 
-    Arguments as middle_of_lines returns them. Returns the cells of the joined lines (X, Y) bool.
+    The first arguments are as middle_of_lines returns them. Cells from which the line goes on for less than `shortest`
+    metres, both ways together, are left out. Returns the cells of the joined lines (X, Y) bool.
     """
-    walks = torch.zeros(shape)  # how many of them came through each cell
     nothing = -10.0  # radians; no direction
     line = torch.full(shape, nothing)
     line[row, column] = direction
     line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it
     steps = torch.arange(1, round(gap / RASTER) + 1)
-    for sign in (-1, 1):
-        x = (row[:, None] + sign * steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, steps)
-        y = (column[:, None] + sign * steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
-        turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
-        goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)
-        last = (goes_on * steps).amax(1, keepdim=True)  # (P, 1), 0: nowhere
-        between = steps <= last  # (P, steps)
-        walks.view(-1).index_add_(0, (x * shape[1] + y)[between], torch.ones(between.sum()))
-    walks[row, column] = STRAY + 1
+    steps = torch.cat((-steps.flip(0), steps))  # back and ahead: (S,)
+    x = (row[:, None] + steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, S)
+    y = (column[:, None] + steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
+    turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
+    goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)
+    first, last = (goes_on * steps).aminmax(dim=1, keepdim=True)  # (P, 1) each; 0: nowhere
+    long = last - first >= shortest / RASTER
+    between = (steps >= first) & (steps <= last) & long  # (P, S)
+    walks = torch.zeros(shape)  # how many of them came through each cell
+    walks.view(-1).index_add_(0, (x * shape[1] + y)[between], torch.ones(between.sum()))
+    walks[row[long[:, 0]], column[long[:, 0]]] = STRAY + 1
     return walks > STRAY
 
 
@@ -198,8 +201,9 @@ def consensus(frames, index, config, args):
 def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
     scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"
-    settings = {key: getattr(args, key) for key in ("view_range", "max_range", "margin", "slope", "target")}
-    meta = make_meta(config, {**scene["meta"]["source"], **settings})
+    settings = {key: getattr(args, key) for key in CONSENSUS_FLAGS}
+    style = {"raster": RASTER, "stray": STRAY, "lines": {name: list(lengths) for name, lengths in LINES.items()}}
+    meta = make_meta(config, {**scene["meta"]["source"], **settings, **style})
     if not is_finished(path, meta, FRAMES_META + GRID_META, scene["token"], remedy):
         save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
                  "bev": consensus(frames, index, config, args)}, path)
@@ -220,8 +224,8 @@ def draw(votes, config, as_painted):
     n = int(config.line_width / 2 / RASTER)
     dx, dy = torch.meshgrid(*[torch.arange(-n, n + 1)] * 2, indexing="ij")
     disc = (dx ** 2 + dy ** 2 <= n * n).float()[None, None]
-    for name, gap in LINES.items():  # in the order in which classes lie over each other in the ground truth
-        line = join_dashes(*middle_of_lines(share[CLASSES.index(name)]), total.shape, gap)  # (X, Y)
+    for name, lengths in LINES.items():  # in the order in which classes lie over each other in the ground truth
+        line = join_dashes(*middle_of_lines(share[CLASSES.index(name)]), total.shape, *lengths)  # (X, Y)
         world[F.conv2d(line[None, None].float(), disc, padding=n)[0, 0] > 0] = CLASSES.index(name)
     return world
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import CLASS_WEIGHTS, Frames, check_training, positive, read_splits
+from model import PRESETS, fit, initial_model, load_checkpoint, run_sequence, segmentation_loss
+from reproject import CLASS_WEIGHTS, CONSENSUS_FLAGS, Frames, check_training, positive, read_splits
 
 
 def parse_args():
@@ -63,10 +63,14 @@ if __name__ == "__main__":
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     train = read_splits(args.out)["train"]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
-    learnt, rest = Path(args.init.removesuffix(".pt")), {}
-    if args.init.endswith(".pt") and learnt.is_dir() and not args.labelled_only:
-        rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
-    frames = Frames(args.out, args.scenes + list(rest), config, config.history, bev_gt=True, consensus=rest)
+    rest, settings = {}, {}
+    if args.init.endswith(".pt") and not args.labelled_only:
+        pretraining = load_checkpoint(args.init, "run 03_pretrain.py", config)[0]["args"]
+        settings = {flag: pretraining.get(flag) for flag in CONSENSUS_FLAGS}
+        if settings["target"] in ("consensus", "painted"):
+            learnt = Path(args.init.removesuffix(".pt"))
+            rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
+    frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, settings)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     model = initial_model(args, config, path).to(args.device)
 

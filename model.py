@@ -243,8 +243,6 @@ class BEVSegmenter(nn.Module):
                                       nn.Conv2d(C // 2, NUM_CLASSES, 1))
         n = 2 ** min(config.stages)  # in pretraining, image features must tell their pixels' classes, at half the size
         self.image_head = nn.Sequential(nn.Conv2d(C, NUM_CLASSES * n * n, 1), nn.PixelShuffle(n))
-        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1), persistent=False)
         self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
 
     def load_backbone_weights(self):
@@ -263,7 +261,9 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
         Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        image = (image.flatten(0, 1) - self.mean) / self.std  # (B*N, 3, h, w)
+        # By its own exposure, not ImageNet's: the batch norms, trained on mixed batches, take night and day for alike.
+        std, mean = torch.std_mean(image.float(), (1, 3, 4), keepdim=True)  # (B, 1, 3, 1, 1)
+        image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
         image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
         features = self.fpn(self.backbone(image)).values()  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...

@@ -41,9 +41,10 @@ from PIL import Image
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
 NUM_CLASSES = len(CLASSES)
-CLASS_WEIGHTS = (1.0, 3.0, 1.5, 3.0)  # of the classes in the cross-entropy of BEV maps
+CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
+CONSENSUS_FLAGS = ("target", "view_range", "max_range", "margin", "slope")  # of 03: what a consensus depends on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
@@ -523,8 +524,12 @@ class Frames(torch.utils.data.Dataset):
     unlinked. Instead of its index a sample may be asked for as (index, mirrored, frames of history).
     """
 
-    def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=()):
-        """consensus: {scene: file} of those scenes whose bev comes from 03_pretrain.py instead of the ground truth."""
+    def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=(), settings=()):
+        """consensus: {scene: file} of those scenes whose bev comes from 03_pretrain.py instead of the ground truth;
+        settings: {flag: value} with which 03 must have made them."""
+        if config.y_range[0] != -config.y_range[1]:
+            sys.exit(f"error: y_range {config.y_range} in model.py: the grid must reach as far to the left as to the "
+                     "right, as half of the training samples are mirrored")
         self.history, self.scenes, self.samples, made_of = history, [], [], []
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
@@ -538,6 +543,11 @@ class Frames(torch.utils.data.Dataset):
                 check_meta(path, truth["meta"], config, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
+                made_with = {**frames["meta"]["source"], **dict(settings)} if learnt else {}
+                for key, value in made_with.items():
+                    if truth["meta"]["source"].get(key) != value:
+                        sys.exit(f"error: {path} was made with other {key} than the checkpoint or frames/{scene}.pt: "
+                                 "delete its folder and its checkpoint, run 03_pretrain.py again")
                 frames["bev"] = truth["bev"]
                 made_of.append(truth["meta"]["source"])
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]

@@ -208,6 +208,16 @@ def test_other_frames_see_what_is_hidden():
     assert (strip(near, 3, frames, x, -5.0) == 3).float().mean() > 0.5  # frames 2 and 4
 
 
+def test_a_stop_line_is_no_divider():
+    """Straight runs of cells, 4.5 m and 9 m long: the first is shorter than any divider. Of kerbs no length is asked."""
+    for cells, expected in ((30, 0), (60, 60)):
+        row, column, direction = torch.arange(20, 20 + cells), torch.full((cells,), 10), torch.zeros(cells)
+        line = stage.join_dashes(row, column, direction, (100, 20), *stage.LINES["divider"])
+        assert line[20:20 + cells, 10].sum() == expected and line.sum() <= expected + bool(expected) * 2  # its two ends
+        kerb = stage.join_dashes(row, column, direction, (100, 20), *stage.LINES["boundary"])
+        assert kerb[20:20 + cells, 10].sum() == cells and kerb.sum() <= cells + 2
+
+
 def test_the_slope_of_the_ground_is_found():
     """Cameras that look down by 1.5 degrees more than they say: lines come out bent and doubled, unless it is found."""
     frames = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=1.5)
