@@ -35,7 +35,7 @@ def parse_args():
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--lr", type=positive, default=5e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")

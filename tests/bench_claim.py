@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SUPERVISED, PRETRAIN, FINETUNE = 2400, 550, 120  # steps
+SUPERVISED, PRETRAIN, FINETUNE = 2400, 590, 150  # steps
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
 
 
