@@ -41,9 +41,9 @@ def test_known_results_are_not_measured_again(tmp_path, capsys):
     score = {"command": command_of(ROWS, "supervised 100%"), "seconds": 10.0, "miou": 0.4, "iou": {"divider": 0.3, "ped_crossing": 0.5, "boundary": 0.4}}
     known = {f"supervised 100%, seed {seed}": score | {"miou": 0.4 + seed / 10} for seed in range(2)}
     (tmp_path / "claim/results.json").write_text(json.dumps(known))
-    found = table(tmp_path, ROWS, ["supervised 100%"], 2)
+    found = table(tmp_path, ROWS, {"supervised 100%": 2})
     assert [r["miou"] for r in found["supervised 100%"]] == [0.4, 0.5]
-    line = "| supervised 100% | 0.300 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 0.450 ± 0.635 | 10 ± 0 |"
+    line = "| supervised 100% | 2 | 0.300 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 0.450 ± 0.635 | 10 ± 0 |"
     assert line in capsys.readouterr().out
 
 
