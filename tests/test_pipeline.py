@@ -134,6 +134,28 @@ def test_checkpoint_of_another_architecture(world):
     assert "stopped at step 3 of 9" in run(*finetune, cwd=world, ok=False)
 
 
+def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    splits = json.loads((tmp_path / "out/splits.json").read_text())
+    both = splits["train"] + splits["val"]
+    (tmp_path / "out/splits.json").write_text(json.dumps({"train": both, "val": []}))
+    tune = "04_finetune.py", "--steps", 1, "--name", "half"
+    run(*tune, "--labelled-only", cwd=tmp_path)
+    labelled = torch.load(tmp_path / "out/half.pt", weights_only=True)["args"]["scenes"]
+    (tmp_path / "out/half.pt").unlink()
+    other = tmp_path / f"out/pretrain/{(set(both) - set(labelled)).pop()}.pt"
+    content = torch.load(next((tmp_path / "out/pretrain").iterdir()), weights_only=True)
+    other.unlink(missing_ok=True)
+    assert f"{other.name} is missing: run 03_pretrain.py" in run(*tune, cwd=tmp_path, ok=False)
+    frames = torch.load(tmp_path / f"out/frames/{other.name}", weights_only=True)
+    save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
+    assert "with the consensus of pretraining: 1" in run(*tune, cwd=tmp_path)
+    (tmp_path / "out/half.pt").unlink()
+    content["meta"]["source"]["margin"] += 1
+    save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
+    assert f"{other.name} was made with other margin" in run(*tune, cwd=tmp_path, ok=False)
+
+
 def test_a_missing_scene_is_named(world):
     scene = json.loads((world / "out/splits.json").read_text())["val"][0]
     path = world / f"out/bev_gt/{scene}.pt"
