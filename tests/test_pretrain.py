@@ -197,6 +197,19 @@ def test_consensus_is_the_map_in_the_style_of_the_truth():
     assert 0.2 < (strip(raw, 4, frames, x, 2.0) == 1).float().mean() < 0.6
 
 
+def test_lines_lie_where_they_are_painted():
+    """The middle of the divider drawn, in the world, for four places of the raster: half a cell of it is 0.075 m."""
+    grid, middle = PRESETS["toy"].grid, []
+    cells = grid.centres(torch.zeros(1, dtype=torch.float64))  # (H, W, 2)
+    for shift in (0, 0.0375, 0.075, 0.1125):
+        frames = drive([(2.0 + 3.1 * t, shift + 0.13 * t, 3.0 * t - 9.0) for t in range(7)])
+        maps = stage.consensus(frames, 0, PRESETS["toy"], flags())
+        for bev, world_T_ego in zip(maps, frames.scenes[0]["world_T_ego"]):
+            y = (cells[bev == 1] @ world_T_ego[:2, :2].T + world_T_ego[:2, 3])[:, 1]
+            middle.append(y[(y - 2).abs() < 1].mean())
+    assert abs(sum(middle) / len(middle) - 2) < 0.03
+
+
 def test_other_frames_see_what_is_hidden():
     """A lorry hides what lies ahead of the fourth frame, in all its cameras: others saw it, within --view-range."""
     frames = drive(DRIVE, hide=[(3, n) for n in range(6)])
