@@ -35,6 +35,7 @@ from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRI
                        cells_in_cameras, check_training, is_finished, load_artifact, make_meta, pixels_to_ground,
                        positive, read_splits, relative_pose, render, save_pt, warp)
 
+MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
@@ -61,14 +62,11 @@ def parse_args():
                         "or as painted; or the labels of its own frame's cameras, into which it is rendered")
     parser.add_argument("--view-range", type=float, default=math.inf,
                         help="s; frames within this time of a frame take part in its consensus (0: it alone)")
-    parser.add_argument("--max-range", type=positive, default=20.0,
-                        help="m; pixels that look at ground farther from their camera do not count")
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
     parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
     parser.add_argument("--temporal", default="sure", choices=TEMPORAL, help="form of the temporal loss")
-    parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -104,7 +102,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
     """
     scene = frames.scenes[index]
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
-    reach = args.max_range + scene["ego_T_cam"][..., :2, 3].norm(dim=-1).max() + 1  # m from the car's origin
+    reach = MAX_RANGE + scene["ego_T_cam"][..., :2, 3].norm(dim=-1).max() + 1  # m from the car's origin
     corner = car.amin(0) - reach
     X, Y = ((car.amax(0) + reach - corner) / RASTER).ceil().long().tolist()
     votes, c, s = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope)
@@ -118,7 +116,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
         # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
         margin = max(args.margin, 0)
         hidden = F.max_pool2d((label == IGNORE).float(), 2 * margin + 1, 1, margin) > 0
-        counts = (distance <= args.max_range) & ~hidden
+        counts = (distance <= MAX_RANGE) & ~hidden
         world_T_ego = scene["world_T_ego"][t]
         xy_world = xy_ego[counts].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
         row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each
@@ -202,7 +200,8 @@ def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
     scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"
     settings = {key: getattr(args, key) for key in CONSENSUS_FLAGS}
-    style = {"raster": RASTER, "stray": STRAY, "lines": {name: list(lengths) for name, lengths in LINES.items()}}
+    lines = {name: list(lengths) for name, lengths in LINES.items()}
+    style = {"max_range": MAX_RANGE, "raster": RASTER, "stray": STRAY, "lines": lines}
     meta = make_meta(config, {**scene["meta"]["source"], **settings, **style})
     if not is_finished(path, meta, FRAMES_META + GRID_META, scene["token"], remedy):
         save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
@@ -232,7 +231,7 @@ def draw(votes, config, as_painted):
 
 # ---------------------------------------------------------------- losses
 
-def reprojection_loss(logits, batch, grid, class_weights, max_range):
+def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
     """Cross-entropy between the BEV logits (B, classes, H, W), rendered into the cameras, and the pseudo-labels."""
     label = batch["label"]  # (B, N, h, w)
     image, valid = render(logits, batch["K"][:, -1], batch["ego_T_cam"][:, -1], label.shape[-2:], grid, max_range)
@@ -290,7 +289,7 @@ if __name__ == "__main__":
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
         if args.target == "rendered":
-            loss = reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS, args.max_range)
+            loss = reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS)
         else:
             loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
         parts = {args.target: loss}

@@ -39,7 +39,6 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
-    parser.add_argument("--history-share", type=float, default=0.25, help="share of the steps that look at history")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")

@@ -44,11 +44,14 @@ NUM_CLASSES = len(CLASSES)
 CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
-CONSENSUS_FLAGS = ("target", "view_range", "max_range", "margin", "slope")  # of 03: what a consensus depends on
+CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope")  # of 03: what a consensus depends on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
+HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
+# This process among those that torchrun has started, and their number.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---------------------------------------------------------------- geometry
@@ -612,15 +615,15 @@ def permutation(n, seed, epoch):
 def batch_samples(n, args, history, start):
     """What the batches of steps start, start + 1, ... ask of Frames: lists of (index, mirrored, frames of history).
 
-    A pure function of the step, so that going on is exact. Half of the samples are mirrored; args.history_share of the
-    batches look back, the others see single frames, which takes two thirds of the time.
+    A pure function of the step, so that going on is exact. Half of the samples are mirrored; HISTORY_SHARE of the
+    batches look back, the others see single frames.
     """
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
     batches = []
     for step in range(start, args.steps):
         rng = random.Random(f"{args.seed} {step}")
-        back = history if rng.random() < args.history_share else 0
+        back = history if rng.random() < HISTORY_SHARE else 0
         places = range(step * args.batch_size, (step + 1) * args.batch_size)
         batches.append([(permutation(n, args.seed, i // n)[i % n], rng.random() < 0.5, back) for i in places])
     return batches
@@ -657,8 +660,8 @@ def positive(text):
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense."""
     check_device(args.device)
-    if min(args.steps, args.batch_size) < 1 or args.workers < 0 or not 0 <= args.history_share <= 1:
-        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0, --history-share is from 0 to 1")
+    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
+        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
 
 
 def check_device(name):

@@ -49,7 +49,7 @@ ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
 QUICK = ("supervised 100%", "pretraining alone", "pretraining + 50%", "pretraining + 10%")  # the claim rests on them
 SHORTER = {f"supervised 100%, {steps} steps": supervised(steps)
            for steps in (SUPERVISED // 8, SUPERVISED // 2)}
-PAPER = ["--target", "rendered", "--image", 0, "--history-share", 1]
+PAPER = ["--target", "rendered", "--image", 0]
 ABLATIONS = {name: ("03_pretrain.py", ["--steps", PRETRAIN, *flags], None) for name, flags in {
     "all": [],
     "one view": ["--view-range", 0],

@@ -255,7 +255,7 @@ def test_most_cameras_win():
 def test_votes_are_all_reprojections_at_once():
     """A map, rendered into every camera as in the paper and compared with all their labels, has the same cross-entropy
     as it has with the votes."""
-    frames, args = drive(DRIVE[:3]), flags(max_range=12.0, margin=0)
+    frames, args = drive(DRIVE[:3]), flags(margin=0)
     scene, grid = frames.scenes[0], Grid((-30.0, 30.0), (-30.0, 30.0), 0.15)
 
     def log_p(xy_world):  # a smooth map of the world: (..., 2) m -> (..., classes)
@@ -267,7 +267,7 @@ def test_votes_are_all_reprojections_at_once():
         world_T_ego, label = scene["world_T_ego"][t], frames.decode(0, t, "label")
         bev = log_p(grid.centres(world_T_ego) @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]).permute(2, 0, 1)[None]
         camera = scene["K"][t][None], scene["ego_T_cam"][t][None]
-        image, valid = render(bev, *camera, (144, 256), grid, args.max_range)
+        image, valid = render(bev, *camera, (144, 256), grid, stage.MAX_RANGE)
         loss = torch.nn.functional.nll_loss(image[0], torch.where(valid[0], label, IGNORE).long(), ignore_index=IGNORE,
                                             reduction="none")
         _, distance = pixels_to_ground(*camera, (144, 256))
