@@ -29,8 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, FRAMES_META, IGNORE, check_device, encode, inverse, is_finished, key_frames,
-                       look_up, make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
+from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, encode, inverse, is_finished, key_frames, look_up,
+                       make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -67,7 +67,6 @@ def parse_args():
     parser.add_argument("--out", default="out", help="folder of everything the stages write")
     parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
     parser.add_argument("--workers", type=int, default=4, help="threads, each with a batch in hand")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     return parser.parse_args()
 
 
@@ -235,13 +234,12 @@ if __name__ == "__main__":
         sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1")
     if not 0 <= args.min_confidence <= 1:
         sys.exit(f"error: --min-confidence {args.min_confidence} is no probability: give a number from 0 to 1")
-    check_device(args.device)
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
     settings, revision = segmenter_config(args.segmenter)
     names = [settings.id2label[i] for i in range(settings.num_labels)]
-    membership = group_labels(names).to(args.device)
+    membership = group_labels(names).to(DEVICE)
     model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
     meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
                               "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
@@ -258,7 +256,7 @@ if __name__ == "__main__":
 
     # Each worker takes a batch all the way. PyTorch's own threads would only fight with the workers for the cores.
     torch.set_num_threads(1)
-    label = partial(label_images, segment=load_segmenter(args.segmenter, args.device), membership=membership,
+    label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), membership=membership,
                     segmenter_size=args.segmenter_size, image_size=config.image_size,
                     min_confidence=args.min_confidence)
     total = sum(scene["nbr_samples"] for scene in todo) * len(CAMERAS)

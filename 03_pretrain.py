@@ -19,7 +19,7 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute
        out/pretrain/<scene>.pt {meta, scene, token [T], bev (T, H, W) uint8}: the consensus, laid out like bev_gt
 
     python 03_pretrain.py
-    python 03_pretrain.py --out out --preset paper --steps 60000 --batch-size 4 --lr 2e-4
+    torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 60000 --batch-size 32 --lr 4e-4 --workers 8
 """
 import argparse
 import math
@@ -30,16 +30,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, Frames,
-                       cells_in_cameras, check_training, is_finished, load_artifact, make_meta, pixels_to_ground,
-                       positive, read_splits, relative_pose, render, save_pt, warp)
+from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
+from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
+                       RANK, RANKS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
+                       load_artifact, make_meta, pixels_to_ground, positive, read_splits, relative_pose, render,
+                       save_pt, sum_over_ranks, warp)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
-IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
 STRAY = 2  # so few cells of a line may have the wrong direction and go astray together
 # Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
 LINES = {"divider": (7.0, 6.0), "boundary": (3.0, 0.0)}
@@ -53,7 +53,8 @@ def parse_args():
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
     parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
@@ -70,7 +71,6 @@ def parse_args():
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
 
 
@@ -240,14 +240,6 @@ def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
     return segmentation_loss(image.flatten(0, 1), label.flatten(0, 1), class_weights)
 
 
-def image_loss(head, features, label, class_weights):
-    """Cross-entropy of `head` (model.image_head) on the finest image features (B*N, C, h/s, w/s) against the
-    pseudo-labels (B, N, h, w), at half their size."""
-    label = label.flatten(0, 1)[:, ::2, ::2]  # (B*N, h/2, w/2)
-    logits = head(features)  # (B*N, classes, h/2, w/2)
-    return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, class_weights)
-
-
 def temporal_loss(logits, before, batch, grid, smear=False):
     """How far this frame's prediction is from the last one, where both see the ground.
 
@@ -264,7 +256,7 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     if smear:
         difference = (logits.float().softmax(1) - carried[:, :-1]).square().sum(1)  # (B, H, W)
-        return (difference * both).sum() / both.sum().clamp(min=1)
+        return (difference * both).sum() / (sum_over_ranks(both.sum()) / RANKS).clamp(min=1 / RANKS)
     probability, target = carried[:, :-1].max(1)  # (B, H, W) each
     return segmentation_loss(logits, torch.where(both & (probability > SURE), target, IGNORE), (1.0,) * NUM_CLASSES)
 
@@ -274,17 +266,20 @@ if __name__ == "__main__":
     check_training(args)
     if args.margin < -1 or not args.view_range >= 0 or args.image < 0:
         sys.exit("error: --margin is at least -1; --view-range and --image are at least 0")
+    path = Path(args.out) / f"{args.name}.pt"
+    lock = claim(path)
+    join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
     frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
-    path = Path(args.out) / f"{args.name}.pt"
-    model = initial_model(args, config, path).to(args.device)
+    model = initial_model(args, config, path).to(DEVICE)
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
     if args.target != "rendered":
-        for index, scene in enumerate(tqdm(frames.scenes, desc="consensus", unit="scene")):
+        # Each process begins with a share of its own, and finds the files of the others when it comes to theirs.
+        order = sorted(range(len(frames.scenes)), key=lambda index: index % RANKS != RANK)
+        for index in tqdm(order, desc="consensus", unit="scene", disable=RANK > 0):
+            scene = frames.scenes[index]
             scene["bev"] = stored_consensus(path.with_suffix("") / f"{scene['scene']}.pt", frames, index, config, args)
-    features = {}  # what the image features of the frame that ran last were
-    model.fpn.register_forward_hook(lambda module, images, levels: features.update(levels))
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
@@ -294,8 +289,7 @@ if __name__ == "__main__":
             loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
         parts = {args.target: loss}
         if args.image:
-            finest = features[str(min(config.stages))]
-            parts["image"] = image_loss(model.image_head, finest, batch["label"], IMAGE_WEIGHTS)
+            parts["image"] = image_loss(model, batch["label"])
         if args.temporal != "off" and before is not None:
             parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.temporal == "smear")
         weights = {"image": args.image, "temporal": TEMPORAL[args.temporal]}

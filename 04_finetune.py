@@ -1,7 +1,8 @@
 """Stage 04: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
 
-The other scenes keep what their cameras agree on in pretraining: so the network does not forget, on half of the
-streets, what it has seen on the rest of them.
+The other scenes keep what their cameras agree on in pretraining, and the image features must still tell the
+pseudo-labels: so the network does not forget, on half of the streets, what it has seen on the rest of them. The
+baseline knows no pseudo-label.
 
 The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
 on every machine and with every seed. The checkpoint records which they were.
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, fit, initial_model, load_checkpoint, run_sequence, segmentation_loss
-from reproject import CLASS_WEIGHTS, CONSENSUS_FLAGS, Frames, check_training, positive, read_splits
+from model import PRESETS, fit, image_loss, initial_model, load_checkpoint, run_sequence, segmentation_loss
+from reproject import (CLASS_WEIGHTS, CONSENSUS_FLAGS, DEVICE, Frames, check_training, claim, join_ranks, positive,
+                       read_splits)
 
 
 def parse_args():
@@ -34,15 +36,16 @@ def parse_args():
                         help="checkpoint of 03_pretrain.py, scratch, or a released BEVFormer (.pth)")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
     parser.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
+    parser.add_argument("--image", type=float, help="weight of the loss on the image features (3; from scratch 0)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
 
 
@@ -57,9 +60,12 @@ def choose_scenes(scenes, share):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
+    args.image = args.image if args.image is not None else 0.0 if args.init == "scratch" else 3.0
+    path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
+    lock = claim(path)
+    join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
-    path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     train = read_splits(args.out)["train"]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
     rest, settings = {}, {}
@@ -71,12 +77,14 @@ if __name__ == "__main__":
             rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, settings)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
-    model = initial_model(args, config, path).to(args.device)
+    model = initial_model(args, config, path).to(DEVICE)
 
     def loss_fn(batch):
         logits, _ = run_sequence(model, batch)
-        loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
-        return loss, {"loss": loss}
+        parts = {"map": segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)}
+        if args.image:
+            parts["image"] = image_loss(model, batch["label"])
+        return parts["map"] + args.image * parts.get("image", 0), parts
 
     print(f"scenes with labels: {len(args.scenes)}, with the consensus of pretraining: {len(rest)}; init: {args.init}")
     fit(model, frames, loss_fn, args, path)

@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_overlap, iou, load_checkpoint, step
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Frames, check_device, lift, read_splits, render,
-                       save_json, whole_file)
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, Frames, join_ranks, lift,
+                       read_splits, render, save_json, sum_over_ranks, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -42,7 +42,6 @@ def parse_args():
     parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
 
 
@@ -59,12 +58,12 @@ def inverse_perspective(frame, grid):
     return scores
 
 
-def predict(frames, model, config, device):
-    """Yield (index, frame, BEV logits (1, classes, H, W)) for every key frame of the data set, in order."""
+def predict(frames, model, config):
+    """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of this process's scenes, in order."""
     bev = pose = None
-    for index in range(len(frames)):
+    for index in (i for i, (scene, _) in enumerate(frames.samples) if scene % RANKS == RANK):
         item = torch.utils.data.default_collate([frames[index]])
-        frame = {k: v.to(device) for k, v in item.items()}
+        frame = {k: v.to(DEVICE) for k, v in item.items()}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
         if model is None:
             yield index, frame, inverse_perspective(frame, config.grid)
@@ -80,16 +79,17 @@ def conditions_of(description):
     return found or ["day"]
 
 
-def evaluate(frames, model, config, device, pictures):
-    """Score every key frame and draw some.
+def evaluate(frames, model, config, pictures):
+    """Score every key frame and draw some; the scenes are shared out among all processes.
 
-    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)} and the contact sheets.
+    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)} and this process's contact sheets {number: page}.
     """
-    distance = config.grid.centres(torch.empty(0, device=device)).norm(dim=-1)  # (H, W) m
+    distance = config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1)  # (H, W) m
     rings = {f"{near}-{far}": (distance >= near) & (distance < far) for near, far in RANGES}
     overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in ("all", *rings, *CONDITIONS)}
-    drawn, sheets = {round((k + 0.5) * len(frames) / pictures - 0.5) for k in range(pictures)}, []
-    progress = tqdm(predict(frames, model, config, device), total=len(frames), desc="eval", unit="frame")
+    drawn, sheets = [round((k + 0.5) * len(frames) / pictures - 0.5) for k in range(pictures)], {}
+    progress = tqdm(predict(frames, model, config), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
+                    disable=RANK > 0)
     for index, frame, logits in progress:
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
         counts = count_overlap(prediction, truth).cpu()
@@ -98,8 +98,8 @@ def evaluate(frames, model, config, device, pictures):
         for key, ring in rings.items():
             overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
         if index in drawn:
-            sheets.append(contact_sheet(frame, logits, config.grid))
-    return overlap, sheets
+            sheets[drawn.index(index)] = contact_sheet(frame, logits, config.grid)
+    return {key: sum_over_ranks(counts.to(DEVICE)).cpu() for key, counts in overlap.items()}, sheets
 
 
 def paint(classes, background):
@@ -169,7 +169,7 @@ def print_table(title, overlap):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_device(args.device)
+    join_ranks()
     args.checkpoint = title = args.checkpoint.replace("{out}", args.out)
     if args.pictures < 0:
         sys.exit(f"error: --pictures {args.pictures}: give 0 or more")
@@ -179,24 +179,25 @@ if __name__ == "__main__":
         checkpoint, model = load_checkpoint(args.checkpoint, "give one of 03_pretrain.py or 04_finetune.py")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
         config = model.config
-        model.to(args.device).eval()
+        model.to(DEVICE).eval()
     scenes = read_splits(args.out)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
     frames = Frames(args.out, scenes, config, bev_gt=True)
+    # Everything is of one checkpoint: what is there goes before anything new comes.
+    folder = Path(args.out) / "eval"
+    for old in folder.glob("*") if RANK == 0 else ():
+        old.unlink()
     with torch.no_grad():
-        overlap, sheets = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)))
+        overlap, sheets = evaluate(frames, model, config, min(args.pictures, len(frames)))
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS}}
-    # Everything of one checkpoint or nothing: older pictures go before the new numbers come.
-    folder = Path(args.out) / "eval"
-    for old in folder.glob("sample_*.png"):
-        old.unlink()
-    save_json(metrics, folder / "metrics.json")
-    for k, sheet in enumerate(sheets):
+    for k, sheet in sheets.items():
         with whole_file(folder / f"sample_{k}.png") as file:
             sheet.save(file, "PNG")
-    print(f"{folder}/metrics.json and {len(sheets)} pictures written")
-    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)
+    if RANK == 0:
+        save_json(metrics, folder / "metrics.json")
+        print(f"{folder}/metrics.json and {min(args.pictures, len(frames))} pictures written")
+        print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)

@@ -13,9 +13,11 @@ cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h
 """
 import hashlib
 import math
+import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,9 +31,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Grid, Linear, batch_samples, deformable_attention,
-                       keep_freed_memory, learning_rate, load_pt, pillars_in_cameras, relative_pose, save_pt, softmax,
-                       warp, watched)
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, BatchNorm, Grid, Linear,
+                       batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
+                       pillars_in_cameras, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -225,8 +227,9 @@ class BEVSegmenter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.channels
-        backbone = (ResNet(BasicBlock, [1, 1, 1, 1]) if config.backbone == "resnet10" else  # not in torchvision's list
-                    torchvision.models.get_model(config.backbone))
+        backbone = (ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)  # not in torchvision's list
+                    if config.backbone == "resnet10" else
+                    torchvision.models.get_model(config.backbone, norm_layer=BatchNorm))
         widths = [list(getattr(backbone, f"layer{s}").children())[-1] for s in config.stages]
         widths = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in widths]
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
@@ -238,8 +241,8 @@ class BEVSegmenter(nn.Module):
         self.camera = nn.Parameter(0.1 * torch.randn(len(CAMERAS), C))
         self.level = nn.Parameter(0.1 * torch.randn(len(config.stages), C))
         self.encoder = Encoder(config)
-        self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU())
-        self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), nn.BatchNorm2d(C // 2), nn.ReLU(),
+        self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), BatchNorm(C), nn.ReLU())
+        self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), BatchNorm(C // 2), nn.ReLU(),
                                       nn.Conv2d(C // 2, NUM_CLASSES, 1))
         n = 2 ** min(config.stages)  # in pretraining, image features must tell their pixels' classes, at half the size
         self.image_head = nn.Sequential(nn.Conv2d(C, NUM_CLASSES * n * n, 1), nn.PixelShuffle(n))
@@ -266,7 +269,8 @@ class BEVSegmenter(nn.Module):
         image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
         image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
-        features = self.fpn(self.backbone(image)).values()  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
+        features = list(self.fpn(self.backbone(image)).values())  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
+        self.finest = features[0]  # of the frame that ran last: what image_loss looks at
         features = [(f.unflatten(0, (B, N)) + self.camera[:N, :, None, None] + level[:, None, None])
                     .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h/8, w/8, C)
         position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
@@ -360,15 +364,26 @@ def load_official(model, state_dict):
 
 # ---------------------------------------------------------------- loss and score
 
+IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
+
+
 def segmentation_loss(logits, target, class_weights):
     """Class-weighted cross-entropy, summed over the pixels that are not IGNORE and divided by their number.
 
     logits (B, classes, ...), target (B, ...) uint8, class_weights (classes,). The mean is over valid pixels, not over
-    weights, so that a picture without paint does not count as much as one full of it.
+    weights, so that a picture without paint does not count as much as one full of it; it is that of all ranks.
     """
     logits, target = logits.float(), target.long()
     loss = F.cross_entropy(logits, target, logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
-    return loss / (target != IGNORE).sum().clamp(min=1)
+    return loss / (sum_over_ranks((target != IGNORE).sum()) / RANKS).clamp(min=1 / RANKS)
+
+
+def image_loss(model, label):
+    """Cross-entropy of what the image head reads from the image features of the frame that ran last, against its
+    pseudo-labels (B, N, h, w), at half their size."""
+    label = label.flatten(0, 1)[:, ::2, ::2]  # (B*N, h/2, w/2)
+    logits = model.image_head(model.finest)  # (B*N, classes, h/2, w/2)
+    return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, IMAGE_WEIGHTS)
 
 
 def count_overlap(prediction, target):
@@ -445,6 +460,18 @@ def initial_model(args, config, path):
     return model
 
 
+class LossOf(nn.Module):
+    """A network and its loss in one: DistributedDataParallel must see all that takes part in the forward pass."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch):
+        """Whatever loss_fn returns."""
+        return self.loss_fn(batch)
+
+
 @watched()
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
@@ -452,41 +479,64 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     keep_freed_memory()
     model.encoder.checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
-    start = resume(model, optimizer, args, path)
+    start, curve = resume(model, optimizer, args, path)
     batches = batch_samples(len(data), args, model.config.history, start)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers)
-    bar = tqdm(loader, initial=start, total=args.steps, desc=Path(path).stem, unit="step")
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
+                                               generator=torch.Generator()))  # its own: "rng" is that of the steps
+    loss_of = LossOf(model, loss_fn)
+    if RANKS > 1:  # not all parameters take part in every loss; the statistics of BatchNorm are the same everywhere
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True, broadcast_buffers=False)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=Path(path).stem, unit="step",
+               disable=RANK > 0)
     model.train()
-    saved, began = time.time(), time.time()
-    for i, batch in enumerate(bar, start):
+    waited, saved, began = 0, time.time(), time.time()
+    for i in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.steps, args.lr)
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
-            loss, parts = loss_fn({k: v.to(args.device, non_blocking=True) for k, v in batch.items()})
         optimizer.zero_grad()
-        loss.backward()
+        for part in range(1, args.accumulate + 1):
+            asked = time.time()
+            batch = {k: v.to(DEVICE, non_blocking=True) for k, v in next(batches).items()}
+            waited += time.time() - asked
+            alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
+            with (loss_of.no_sync() if alone else nullcontext()):
+                with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
+                    loss, parts = loss_of(batch)
+                (loss / args.accumulate).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        if not (loss.isfinite() and norm.isfinite()):
-            sys.exit(f"error: step {i} has loss {loss.item()}, gradient {norm.item()}: use a smaller --lr and another "
-                     f"--name ({path} holds the last good weights, if it was saved before)")
+        if not norm.isfinite():
+            sys.exit(f"error: step {i} has loss {loss.item()}, gradient {norm.item()}, samples {data.tokens(batch)}: "
+                     f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
         optimizer.step()
-        if i % 10 == 0:
-            bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()})
-        if time.time() - saved > 60 * minutes or i + 1 == args.steps:
-            save_pt({"model": model.state_dict(), "config": asdict(model.config), "args": vars(args), "step": i + 1,
-                     "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, path)
+        curve.append({name: (sum_over_ranks(value.detach()) / RANKS).item() for name, value in parts.items()})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
+        if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
+            save_checkpoint(model, optimizer, args, curve, path)
             saved = time.time()
-    print(f"{path}: {args.steps} steps, the last {args.steps - start} in {time.time() - began:.0f} s")
+    seconds = time.time() - began
+    print(f"{path}: {args.steps} steps, the last {args.steps - start} in {seconds:.0f} s, of which "
+          f"{waited / seconds:.1%} were spent waiting for data")
+
+
+def save_checkpoint(model, optimizer, args, curve, path):
+    """Write a checkpoint and keep the one before it as <name>.previous.pt; at any moment one of them is whole."""
+    if path.exists():
+        previous = path.with_suffix(".previous.pt")
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    save_pt({"model": model.state_dict(), "config": asdict(model.config), "args": vars(args), "step": len(curve),
+             "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "curve": curve}, path)
 
 
 def resume(model, optimizer, args, path):
-    """Load a half-done run and return its step, or 0. Stops where `path` was trained with other settings."""
+    """Load a half-done run. Returns its step, or 0, and its losses, a dict a step. Stops where `path` was trained with
+    other settings."""
     if not Path(path).exists():
-        return 0
+        return 0, []
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
     for key, value in vars(args).items():
-        free = key in ("device", "workers", "checkpointing", "out", "name", "init")
+        free = key in ("workers", "checkpointing", "out", "name", "init")
         if not free and checkpoint["args"].get(key) != value:
             sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
     if checkpoint["step"] >= args.steps:
@@ -496,4 +546,4 @@ def resume(model, optimizer, args, path):
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])
     print(f"{path}: going on from step {checkpoint['step']}")
-    return checkpoint["step"]
+    return checkpoint["step"], checkpoint["curve"]

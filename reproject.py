@@ -19,6 +19,7 @@ order of the samples, the learning rate, the check of flags.
 """
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.nn.functional import all_reduce
 
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
@@ -50,8 +52,42 @@ LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else c
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
-# This process among those that torchrun has started, and their number.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ---------------------------------------------------------------- one process or many (torchrun)
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this one, of how many
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def join_ranks():
+    """Meet the other processes that torchrun has started, if there are any; stages 03 to 05 do so first."""
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if DEVICE.startswith("cuda") else "gloo")
+
+
+def sum_over_ranks(x):
+    """The sum of a tensor over all ranks, with gradients: each rank's reach the other ranks' tensors."""
+    return all_reduce(x) if RANKS > 1 else x
+
+
+class BatchNorm(torch.nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all ranks. (torch's SyncBatchNorm does not run on the CPU.)"""
+
+    def forward(self, x):
+        """x (B, C, h, w) -> (B, C, h, w)"""
+        if RANKS == 1 or not self.training:
+            return super().forward(x)
+        mean = sum_over_ranks(x.float().mean((0, 2, 3))) / RANKS  # (C,)
+        centred = x - mean[:, None, None]
+        var = sum_over_ranks(centred.square().mean((0, 2, 3))) / RANKS  # (C,)
+        n = RANKS * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()  # (C,)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 # ---------------------------------------------------------------- geometry
@@ -578,6 +614,11 @@ class Frames(torch.utils.data.Dataset):
             item["bev"] = frames["bev"][now]
         return mirror(item) if mirrored else item
 
+    def tokens(self, batch):
+        """The sample tokens of a batch's current frames."""
+        places = (self.samples[index] for index in batch["index"].tolist())
+        return [self.scenes[scene]["token"][t] for scene, t in places]
+
     def decode(self, scene, t, key):
         """The six images (N, h, w, 3) or label maps (N, h, w) of one frame, uint8."""
         try:
@@ -613,10 +654,11 @@ def permutation(n, seed, epoch):
 
 
 def batch_samples(n, args, history, start):
-    """What the batches of steps start, start + 1, ... ask of Frames: lists of (index, mirrored, frames of history).
+    """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
+    history), the same samples a step for any number of ranks.
 
     A pure function of the step, so that going on is exact. Half of the samples are mirrored; HISTORY_SHARE of the
-    batches look back, the others see single frames.
+    steps look back, the others see single frames.
     """
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
@@ -625,7 +667,8 @@ def batch_samples(n, args, history, start):
         rng = random.Random(f"{args.seed} {step}")
         back = history if rng.random() < HISTORY_SHARE else 0
         places = range(step * args.batch_size, (step + 1) * args.batch_size)
-        batches.append([(permutation(n, args.seed, i // n)[i % n], rng.random() < 0.5, back) for i in places])
+        samples = [(permutation(n, args.seed, i // n)[i % n], rng.random() < 0.5, back) for i in places]
+        batches += [samples[part * RANKS + RANK::args.accumulate * RANKS] for part in range(args.accumulate)]
     return batches
 
 
@@ -659,17 +702,22 @@ def positive(text):
 
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense."""
-    check_device(args.device)
-    if min(args.steps, args.batch_size) < 1 or args.workers < 0:
-        sys.exit("error: --steps and --batch-size are at least 1, --workers at least 0")
+    if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0:
+        sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
+    if args.batch_size % (args.accumulate * RANKS):
+        sys.exit(f"error: --batch-size {args.batch_size} cannot be shared out evenly: give a multiple of --accumulate "
+                 f"times the number of processes ({args.accumulate * RANKS})")
 
 
-def check_device(name):
-    """Stop with one line where PyTorch cannot use the device."""
+def claim(path):
+    """Refuse to write `path` while another run does. The lock ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path.with_name(f".{path.name}.lock"), "w")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        sys.exit(f"error: --device {name}: PyTorch finds no such device here: use --device cpu")
+        fcntl.flock(lock, (fcntl.LOCK_EX if RANK == 0 else fcntl.LOCK_UN) | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another run is writing {path}: wait for its end or choose another --name")
+    return lock
 
 
 def keep_freed_memory():

@@ -135,13 +135,13 @@ def sharpness(out, checkpoint):
     """
     import torch
     from model import load_checkpoint
-    from reproject import Frames, cells_in_cameras, read_splits, relative_pose, warp
+    from reproject import DEVICE, Frames, cells_in_cameras, read_splits, relative_pose, warp
     stage = importlib.import_module("05_eval")
-    model = load_checkpoint(checkpoint, "")[1].eval()
+    model = load_checkpoint(checkpoint, "")[1].to(DEVICE).eval()
     frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
     edges, truth_edges, width, truth_width, moved, places, before = 0, 0, 0, 0, 0, 0, None
     with torch.no_grad():
-        for _, frame, logits in stage.predict(frames, model, model.config, "cpu"):
+        for _, frame, logits in stage.predict(frames, model, model.config):
             p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
             edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
             width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()

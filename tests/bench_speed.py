@@ -375,7 +375,6 @@ def stages(args):
         subprocess.run([sys.executable, ROOT / "tests/toyworld.py", *map(str, small)], cwd=folder, check=True,
                        capture_output=True)
         for script, flags in commands.items():
-            flags += ["--device", args.device] if script != "02_bev_gt.py" else []
             if script == "01_pseudolabel.py":
                 flags += ["--segmenter", ROOT / "tests/toy_segmenter"]
             command = [sys.executable, ROOT / script, *map(str, flags)]

@@ -445,7 +445,7 @@ def test_learning_rate():
 
 
 def test_batches_are_a_function_of_the_step():
-    args = argparse.Namespace(steps=50, batch_size=4, seed=1)
+    args = argparse.Namespace(steps=50, batch_size=4, accumulate=1, seed=1)
     whole = batch_samples(10, args, history=2, start=0)
     draws = [draw for batch in whole for draw in batch]
     assert sorted(index for index, _, _ in draws) == sorted(list(range(10)) * 20)  # 200 draws: each sample 20 times
@@ -474,15 +474,15 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def test_an_empty_split_is_named(tmp_path):
-    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, device="cpu", checkpointing=False)
+    args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, checkpointing=False)
     with pytest.raises(SystemExit, match="no train scene"):
         fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
 
 
 def train(path, steps, stop_at=None):
     """fit() on Pictures; stop_at kills it after that many steps, each of which was saved."""
-    args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, device="cpu", workers=0, bf16=False,
-                              checkpointing=False, history_share=0)
+    args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
+                              checkpointing=False)
     torch.manual_seed(0)
     model, done = BEVSegmenter(SMALL), []
 

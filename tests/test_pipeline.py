@@ -90,7 +90,7 @@ def test_finished_stages_do_nothing(world):
     ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
-    ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps and --batch-size are at least 1"),
+    ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
     ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal sure, not off"),
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rig import pose, surround
 
-from model import PRESETS, BEVSegmenter
+from model import PRESETS, BEVSegmenter, image_loss
 from reproject import IGNORE, Grid, pixels_to_ground, relative_pose, render, warp
 
 stage = importlib.import_module("03_pretrain")
@@ -278,19 +278,20 @@ def test_votes_are_all_reprojections_at_once():
 
 
 def test_image_loss_compares_each_pixel_with_its_label():
-    head = BEVSegmenter(PRESETS["toy"]).image_head  # features at an eighth of the image, logits at half of it
+    model = BEVSegmenter(PRESETS["toy"])  # features at an eighth of the image, logits at half of it
     label = torch.zeros(1, 6, 144, 256, dtype=torch.uint8)
     label[0, 2, 96:104, 40:48] = 2  # the pixels of one feature
-    features, optimizer = torch.zeros(6, 64, 18, 32), torch.optim.Adam(head.parameters(), 0.3)
+    features, optimizer = torch.zeros(6, 64, 18, 32), torch.optim.Adam(model.image_head.parameters(), 0.3)
     features[:, 0] = 1
     features[2, :, 12, 5] = torch.eye(64)[1]
+    model.finest = features
     for _ in range(40):
         optimizer.zero_grad()
-        loss = stage.image_loss(head, features, label, (1.0,) * 4)
+        loss = image_loss(model, label)
         loss.backward()
         optimizer.step()
     assert loss < 1e-3
-    elsewhere = features.roll(1, 3)  # the same, one feature to the right
-    assert stage.image_loss(head, elsewhere, label, (1.0,) * 4) > 1e-3
+    model.finest = features.roll(1, 3)  # the same, one feature to the right
+    assert image_loss(model, label) > 1e-3
     label[:] = IGNORE
-    assert stage.image_loss(head, features, label, (1.0,) * 4) == 0
+    assert image_loss(model, label) == 0

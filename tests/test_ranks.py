@@ -1,0 +1,164 @@
+"""Two processes under torchrun do what one does; a run that is killed at any moment ends as if it had not been."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+LIGHT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+# A stage as it is, but that it saves after every step instead of every minute.
+EAGER = "import functools, runpy, sys; sys.path.insert(0, {root!r}); import model; " \
+        "model.fit = functools.partial(model.fit, minutes=0); sys.argv = sys.argv[1:]; " \
+        "runpy.run_path({root!r} + '/' + sys.argv[0], run_name='__main__')".format(root=str(ROOT))
+
+
+def run(*command, cwd):
+    """A command's output; it must succeed."""
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=LIGHT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def torchrun(*command, cwd):
+    """The same, as two processes."""
+    launcher = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
+    return run(*launcher, ROOT / command[0], *command[1:], cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two train scenes and a val scene, labelled and rasterised. Returns the working folder."""
+    cwd = tmp_path_factory.mktemp("world")
+    flags = "--train-scenes", 2, "--val-scenes", 2, "--frames", 3
+    run(sys.executable, ROOT / "tests/toyworld.py", *flags, cwd=cwd)
+    run(sys.executable, ROOT / "01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", cwd=cwd)
+    run(sys.executable, ROOT / "02_bev_gt.py", cwd=cwd)
+    return cwd
+
+
+def load(path):
+    """A checkpoint."""
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether two nested artifacts are equal, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("03_pretrain.py", ["--target", "rendered"]),
+                                           ("04_finetune.py", ["--init", "scratch"])))
+def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
+    flags = *flags, "--steps", 8, "--batch-size", 4, "--lr", 2e-5, "--name"
+    run(sys.executable, ROOT / script, *flags, "one", cwd=world)
+    torchrun(script, *flags, "two", cwd=world)
+    one, two = (load(world / f"out/{name}.pt") for name in ("one", "two"))
+    for name in ("one", "two"):
+        (world / f"out/{name}.pt").unlink()
+    assert len(one["curve"]) == len(two["curve"]) == 8
+    for mine, theirs in zip(one["curve"], two["curve"]):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    if script == "03_pretrain.py":  # a step that looks back is among them
+        assert any("temporal" in step for step in one["curve"])
+    # Adam hides a gradient's size from the weights; its running mean does not.
+    mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in run["optimizer"]["state"].values()])
+                    for run in (one, two))
+    assert (mine - theirs).norm() < 0.01 * mine.norm()
+    for name, value in one["model"].items():
+        if "running" in name:
+            assert torch.allclose(value, two["model"][name], rtol=1e-4, atol=1e-6), name
+
+
+def test_parts_of_a_step_add_up(world):
+    """Without BatchNorm's statistics, which are those of a part, two parts would be exactly the whole; so: nearly."""
+    flags = "--init", "scratch", "--steps", 2, "--batch-size", 4, "--lr", 2e-5, "--name"
+    run(sys.executable, ROOT / "04_finetune.py", *flags, "whole", cwd=world)
+    run(sys.executable, ROOT / "04_finetune.py", *flags, "parts", "--accumulate", 2, cwd=world)
+    whole, parts = (load(world / f"out/{name}.pt")["optimizer"]["state"] for name in ("whole", "parts"))
+    mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in x.values()]) for x in (whole, parts))
+    assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.9
+    assert (theirs.norm() / mine.norm()).item() == pytest.approx(1, abs=0.3)  # not the sum of two losses
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(world):
+    shutil.rmtree(world / "out/eval", ignore_errors=True)
+    scores = []
+    for start in (run, torchrun):
+        command = ("05_eval.py",) if start is torchrun else (sys.executable, ROOT / "05_eval.py")
+        start(*command, "--checkpoint", "ipm", "--pictures", 4, cwd=world)
+        assert sorted(path.name for path in (world / "out/eval").iterdir()) == [
+            "metrics.json", *(f"sample_{k}.png" for k in range(4))]
+        scores.append((world / "out/eval/metrics.json").read_text())
+    assert scores[0] == scores[1] and json.loads(scores[0])["num_samples"] == 6
+
+
+# ---------------------------------------------------------------- kill -9
+
+def kill_until_done(command, cwd, rng, longest):
+    """Start a command again and again, kill it at random moments, the last time let it end. Returns the kills."""
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen([*map(str, command)], cwd=cwd, env=LIGHT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(rng.uniform(2, longest)) == 0
+            return kills
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    run(*command, cwd=cwd)
+    return kills
+
+
+def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
+    rng = random.Random(0)
+    segmenter = ["--segmenter", ROOT / "tests/toy_segmenter", "--dataroot", world / "data/toy"]
+    commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 12],
+                "04_finetune.py": ["--steps", 12], "05_eval.py": ["--pictures", 0]}
+    kills = {}
+    for script, flags in commands.items():
+        kills[script] = kill_until_done([sys.executable, "-c", EAGER, script, *flags], tmp_path, rng, 9)
+        (tmp_path / "whole").mkdir(exist_ok=True)
+        run(sys.executable, ROOT / script, *flags, "--out", "whole", cwd=tmp_path)
+    print(kills)
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.pt")
+                   if "previous" not in path.name)
+    assert len(files) == 4 + 4 + 2 + 2
+    for path in files:
+        killed, whole = (load(tmp_path / folder / path) for folder in ("out", "whole"))
+        for content in (killed, whole):
+            for key in ("out", "init", "init_digest"):  # the digest is that of a file that holds its own place
+                content.get("args", {}).pop(key, None)
+        assert same(killed, whole), path
+    metrics = [json.loads((tmp_path / folder / "eval/metrics.json").read_text()) for folder in ("out", "whole")]
+    assert metrics[0]["iou"] == metrics[1]["iou"]
+
+
+def test_a_second_run_of_that_name_is_refused(world):
+    flags = [sys.executable, ROOT / "03_pretrain.py", "--steps", "2000", "--name", "busy"]
+    first = subprocess.Popen(flags, cwd=world, env=LIGHT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (world / "out/.busy.pt.lock").exists():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        second = subprocess.run(flags, cwd=world, env=LIGHT, capture_output=True, text=True)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1
+    assert second.stderr.strip() == ("error: another run is writing out/busy.pt: wait for its end or choose another "
+                                     "--name")
