@@ -52,7 +52,7 @@ def parse_args():
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
     parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")

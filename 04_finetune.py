@@ -12,7 +12,7 @@ Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/spli
 Writes out/finetune.pt (model, config, args, optimizer, step, rng), every minute and at the end
 
     python 04_finetune.py
-    python 04_finetune.py --init scratch --labels 1.0 --steps 1200 --lr 1.5e-3 --name scratch_100
+    python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100
 """
 import argparse
 import hashlib
@@ -35,14 +35,14 @@ def parse_args():
     parser.add_argument("--init", default="{out}/pretrain.pt",
                         help="checkpoint of 03_pretrain.py, scratch, or a released BEVFormer (.pth)")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
-    parser.add_argument("--image", type=float, help="weight of the loss on the image features (3; from scratch 0)")
+    parser.add_argument("--image", type=float, help="weight of the loss on the image features (1; from scratch 0)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -60,7 +60,7 @@ def choose_scenes(scenes, share):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
-    args.image = args.image if args.image is not None else 0.0 if args.init == "scratch" else 3.0
+    args.image = args.image if args.image is not None else 0.0 if args.init == "scratch" else 1.0
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     lock = claim(path)
     join_ranks()

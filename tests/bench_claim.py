@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SUPERVISED, PRETRAIN, FINETUNE = 2400, 590, 150  # steps
+SUPERVISED, PRETRAIN, FINETUNE, ALONE = 2400, 300, 400, 1500  # steps
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
 
 
@@ -36,15 +36,18 @@ def supervised(steps, labels=1.0):
 
 
 THIRD = f"supervised 100%, {SUPERVISED // 3} steps"  # about as many seconds as pretraining and fine-tuning take
+LONG = f"pretraining + 50%, {SUPERVISED} steps in all"  # as many as full supervision
 ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
     "supervised 100%": supervised(SUPERVISED),
     THIRD: supervised(SUPERVISED // 3),
     "supervised 50%": supervised(SUPERVISED // 2, 0.5),  # fewer scenes are learnt by heart in fewer steps
     "supervised 10%": supervised(SUPERVISED // 4, 0.1),
-    "pretraining alone": ("03_pretrain.py", ["--steps", PRETRAIN], None),
-    "pretraining + 100%": ("04_finetune.py", ["--labels", 1.0, "--steps", FINETUNE], "pretraining alone"),
-    "pretraining + 50%": ("04_finetune.py", ["--labels", 0.5, "--steps", FINETUNE], "pretraining alone"),
-    "pretraining + 10%": ("04_finetune.py", ["--labels", 0.1, "--steps", FINETUNE], "pretraining alone"),
+    "pretraining": ("03_pretrain.py", ["--steps", PRETRAIN], None),
+    "pretraining + 100%": ("04_finetune.py", ["--labels", 1.0, "--steps", FINETUNE], "pretraining"),
+    "pretraining + 50%": ("04_finetune.py", ["--labels", 0.5, "--steps", FINETUNE], "pretraining"),
+    "pretraining + 10%": ("04_finetune.py", ["--labels", 0.1, "--steps", FINETUNE], "pretraining"),
+    "pretraining alone": ("03_pretrain.py", ["--steps", ALONE], None),
+    LONG: ("04_finetune.py", ["--labels", 0.5, "--steps", SUPERVISED - PRETRAIN], "pretraining"),
 }
 QUICK = ("supervised 100%", "pretraining alone", "pretraining + 50%", "pretraining + 10%")  # the claim rests on them
 SHORTER = {f"supervised 100%, {steps} steps": supervised(steps)
@@ -203,14 +206,16 @@ def picture(found, shorter, path):
 
     full = [found[row] for row in (THIRD, "supervised 100%") if row in found]
     draw([*([r] for r in shorter), *full], "supervised, 100% of the labels", "#0072B2", "o")
-    for row, label, colour, marker in (("supervised 50%", "supervised, 50%", "#56B4E9", "s"),
-                                       ("supervised 10%", "supervised, 10%", "#999999", "^")):
-        if row in found:
-            draw([found[row]], label, colour, marker)
-    for row, colour, marker in (("pretraining + 100%", "#009E73", "D"), ("pretraining + 50%", "#D55E00", "s"),
-                                ("pretraining + 10%", "#CC79A7", "^")):
-        if row in found:
-            draw([found["pretraining alone"], found[row]], row.replace("+", "alone, then"), colour, marker)
+    for rows, label, colour, marker in (
+            (("supervised 50%",), "supervised, 50%", "#56B4E9", "s"),
+            (("supervised 10%",), "supervised, 10%", "#999999", "^"),
+            (("pretraining", "pretraining alone"), "pretraining alone, no BEV label", "#F0E442", "v"),
+            (("pretraining + 50%", LONG), "pretraining, then 50%", "#D55E00", "s"),
+            (("pretraining + 10%",), "pretraining, then 10%", "#CC79A7", "^"),
+            (("pretraining + 100%",), "pretraining, then 100%", "#009E73", "D")):
+        known = [found[row] for row in rows if row in found]
+        if known:
+            draw(known, label, colour, marker)
     plt.xlabel("training seconds")
     plt.ylabel("mIoU on the val scenes")
     plt.ylim(bottom=0)
