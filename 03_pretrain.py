@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import PRESETS, fit, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, Frames,
-                       cells_in_cameras, check_training, is_finished, load_artifact, make_meta, pixels_to_ground,
-                       positive, read_splits, relative_pose, render, save_pt, warp)
+from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, SPLITS,
+                       Frames, cells_in_cameras, check_training, is_finished, load_artifact, make_meta,
+                       pixels_to_ground, positive, read_splits, relative_pose, render, save_pt, warp)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
@@ -51,6 +51,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
+    parser.add_argument("--split", default="official", choices=SPLITS, help="which one's train scenes (02_bev_gt.py)")
     parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step")
@@ -276,9 +277,11 @@ if __name__ == "__main__":
         sys.exit("error: --margin is at least -1; --view-range and --image are at least 0")
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
-    frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
+    train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
+    frames = Frames(args.out, train, config, config.history)
     path = Path(args.out) / f"{args.name}.pt"
     model = initial_model(args, config, path).to(args.device)
+    args.seen = sorted({*args.seen, *train})
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
     if args.target != "rendered":
         for index, scene in enumerate(tqdm(frames.scenes, desc="consensus", unit="scene")):

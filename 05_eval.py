@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_overlap, iou, load_checkpoint, step
-from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, Frames, check_device, lift, read_splits, render,
-                       save_json, whole_file)
+from reproject import (CAMERAS, CLASSES, IGNORE, NUM_CLASSES, SPLITS, Frames, check_device, lift, read_splits,
+                       render, save_json, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -39,7 +39,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
-    parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
+    parser.add_argument("--split", default="val", choices=sum(SPLITS.values(), ()), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -174,15 +174,17 @@ if __name__ == "__main__":
     if args.pictures < 0:
         sys.exit(f"error: --pictures {args.pictures}: give 0 or more")
     if args.checkpoint == "ipm":
-        model, config = None, PRESETS[args.preset]
+        model, config, seen = None, PRESETS[args.preset], []
     else:
         checkpoint, model = load_checkpoint(args.checkpoint, "give one of 03_pretrain.py or 04_finetune.py")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
-        config = model.config
+        config, seen = model.config, checkpoint["args"].get("seen", [])
         model.to(args.device).eval()
-    scenes = read_splits(args.out)[args.split]
+    scenes = read_splits(args.out, args.split)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
+    if (known := set(scenes) & set(seen)) and not args.split.endswith("train"):
+        print(f"warning: {args.checkpoint} was trained on {len(known)} of the {len(scenes)} scenes of {args.split}")
     frames = Frames(args.out, scenes, config, bev_gt=True)
     with torch.no_grad():
         overlap, sheets = evaluate(frames, model, config, args.device, min(args.pictures, len(frames)))
