@@ -230,8 +230,8 @@ if __name__ == "__main__":
         samples = key_frames(nusc, scene)
         tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
         tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(metas).index(location), 0)  # a far place each
-        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", metas[location], GRID_META, tokens,
-                                                      f"delete {folder} or use another --out"):
+        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", metas[location], GRID_META,
+                                                      tokens, f"delete {folder} or use another --out"):
             todo.setdefault(location, []).append((scene["name"], tokens, poses))
     del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
 
