@@ -415,9 +415,8 @@ def load_checkpoint(path, remedy, config=None):
 
 
 def initial_model(args, config, path):
-    """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
-    checkpoint of 03 or of a released BEVFormer (.pth). args.init_digest then says which weights these were, args.seen
-    (empty, but for the former) which scenes they were trained on; scenes that args.split holds out are refused."""
+    """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished checkpoint
+    of 03 or of a released BEVFormer (.pth). Sets args.init_digest (which weights) and args.seen (their scenes)."""
     model, args.init_digest, args.seen, goes_on = BEVSegmenter(config), None, [], Path(path).exists()
     if args.init == "scratch":
         if config.weights and not goes_on:  # a run that goes on has its weights already
