@@ -2,7 +2,8 @@
 
 Reads:  the tables and the map expansion (maps/expansion/<location>.json, version 1.3) of a nuScenes data set.
 Writes: out/bev_gt/<scene>.pt  {meta, scene, token [T], bev (T, H, W) uint8: class index of each cell}
-        out/splits.json        {"train": [scenes], "val": [scenes]}, the official split of the scenes that are there
+        out/splits.json        {"train": [scenes], "val": [scenes], the official split of the scenes that are there;
+                               "geo_train", "geo_val", "geo_test": [scenes]}, whose sides share no street
 
     python 02_bev_gt.py                                                                # the embedded toy world
     python 02_bev_gt.py --dataroot /data/nuscenes --version v1.0-trainval --preset paper --out out
@@ -18,6 +19,7 @@ crosses, and of two lines the one that a wheel must not cross counts more.
 import argparse
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +30,14 @@ from nuscenes.utils import splits
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CLASSES, GRID_META, is_finished, key_frames, look_up, make_meta, open_tables, read_json,
-                       save_json, save_pt, world_from_ego)
+from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, is_finished, key_frames, look_up, make_meta,
+                       open_tables, positive, read_json, save_json, save_pt, watched, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
 SEAM = 0.02  # m; lanes that should abut may be drawn apart by up to twice this and still count as one road
+SHARES = (70, 15, 15)  # % of the key frames on each side of the geo split
+NEAR = 5.0  # m; a key frame that is so near one to train on shows the same street
 
 
 def parse_args():
@@ -44,6 +48,8 @@ def parse_args():
     parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
     parser.add_argument("--out", default="out", help="folder of everything the stages write")
+    parser.add_argument("--geo-distance", type=positive, default=50.0, help="m; geo: nearer scenes stay on one side")
+    parser.add_argument("--workers", type=int, default=2, help="processes that rasterise (0: this one alone)")
     return parser.parse_args()
 
 
@@ -118,6 +124,7 @@ def draw_lines(ends, shape, reach):
 def fill_polygons(polygons, shape):
     """Cells bool whose centre lies inside one of the shapely polygons, whose points are (row, column), in cells."""
     mask = np.zeros(shape, bool)
+    shapely.prepare(polygons)  # ten times as fast
     for polygon in polygons:
         top, left = np.floor(polygon.bounds[:2]).astype(int).clip(0)
         bottom, right = np.ceil(polygon.bounds[2:]).astype(int).clip(0, shape)
@@ -148,24 +155,72 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     return bev
 
 
+def rasterise_scene(road_map, config, scene):
+    """The content of a scene's file but for its meta. scene: (name, tokens [T], world_T_ego (T, 4, 4))."""
+    name, tokens, poses = scene
+    bev = [rasterise(road_map, world_T_ego, config.grid, config.line_width) for world_T_ego in poses]
+    return {"scene": name, "token": tokens, "bev": torch.from_numpy(np.stack(bev))}
+
+
 def official_splits(scenes, version):
     """{"train": [...], "val": [...]}: which of the scene names belong to the official split of this version."""
     prefix = "mini_" if version.endswith("mini") else ""
-    return {name: sorted(set(scenes) & set(getattr(splits, prefix + name))) for name in ("train", "val")}
+    return {name: sorted(set(scenes) & set(getattr(splits, prefix + name))) for name in SPLITS["official"]}
+
+
+def join_tracks(tracks, distance):
+    """Groups of scenes that come within `distance` metres of one another, directly or by way of others of their group.
+
+    tracks: {scene: (T, 2) positions of its key frames in metres}. Returns tuples of names, most key frames first.
+    """
+    names, clouds = list(tracks), [shapely.MultiPoint(xy) for xy in tracks.values()]
+    together = {name: {name} for name in names}
+    for a, b in shapely.STRtree(clouds).query(clouds, "dwithin", distance).T:
+        if names[a] not in together[names[b]]:
+            union = together[names[a]] | together[names[b]]
+            together |= dict.fromkeys(union, union)
+    return sorted({tuple(sorted(group)) for group in together.values()},
+                  key=lambda group: (-sum(len(tracks[name]) for name in group), group))
+
+
+def geo_splits(tracks, distance):
+    """{"geo_train", "geo_val", "geo_test": [scenes]}: no scene within `distance` metres of one on another side.
+
+    Each group of join_tracks goes to the side that lacks most key frames of its share; the last ones, to empty sides.
+    """
+    groups, total = join_tracks(tracks, distance), sum(map(len, tracks.values()))
+    lack = {side: share * total for side, share in zip(SPLITS["geo"], SHARES)}  # in hundredths of a key frame
+    split = {side: [] for side in lack}
+    for number, group in enumerate(groups):
+        empty = [side for side in split if not split[side]]
+        side = max(empty if len(groups) - number <= len(empty) else split, key=lack.get)
+        split[side] += group
+        lack[side] -= 100 * sum(len(tracks[name]) for name in group)
+    return {side: sorted(names) for side, names in split.items()}
+
+
+def share_near(tracks, scenes, train):
+    """The share (0 to 1) of the key frames of `scenes` that lie within NEAR of a key frame of the scenes `train`."""
+    here, there = (shapely.points(np.concatenate([np.zeros((0, 2)), *(tracks[name] for name in names)]))
+                   for names in (scenes, train))
+    near = shapely.STRtree(there).query_nearest(here, max_distance=NEAR, all_matches=False)  # (2, pairs)
+    return near.shape[1] / max(1, len(here))
 
 
 if __name__ == "__main__":
     args = parse_args()
+    if args.workers < 0:
+        sys.exit("error: --workers is at least 0")
 
-    config, out = PRESETS[args.preset], Path(args.out)
+    config, out, folder = PRESETS[args.preset], Path(args.out), Path(args.out) / "bev_gt"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
     split = official_splits([scene["name"] for scene in nusc.scene], args.version)
     if not split["train"] + split["val"]:
         sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
 
-    # What there is to do: every scene, but those whose file is there already.
-    todo, metas = {}, {}  # location -> scenes, location -> meta
-    for scene in nusc.scene:
+    # What there is to do: every RANKS-th scene, but those whose file is there already.
+    todo, metas, tracks = {}, {}, {}  # location -> scenes, location -> meta, scene -> (T, 2) m
+    for number, scene in enumerate(nusc.scene):
         location = look_up(nusc, "log", scene["log_token"])["location"]
         if location not in metas:
             path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
@@ -173,27 +228,32 @@ if __name__ == "__main__":
                 sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
             metas[location] = make_meta(config, {"version": args.version, "map": digest})
-        tokens = [sample["token"] for sample in key_frames(nusc, scene)]
-        if not is_finished(out / "bev_gt" / f"{scene['name']}.pt", metas[location], GRID_META, tokens,
-                           f"delete {out / 'bev_gt'} or use another --out"):
-            todo.setdefault(location, []).append(scene)
+        samples = key_frames(nusc, scene)
+        tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
+        tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(metas).index(location), 0)  # a far place each
+        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", metas[location], GRID_META,
+                                                      tokens, f"delete {folder} or use another --out"):
+            todo.setdefault(location, []).append((scene["name"], tokens, poses))
+    del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
 
-    # Location by location, as joining up its roads takes seconds; the rest is milliseconds a frame.
-    with tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo) as progress:
+    # Location by location, as joining up its roads takes seconds; for the workers it is milliseconds a frame then.
+    with watched(), tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo or RANK > 0) as progress:
         for location, scenes in todo.items():
             road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
-            for scene in scenes:
-                samples = key_frames(nusc, scene)
-                bev = [rasterise(road_map, world_from_ego(nusc, sample), config.grid, config.line_width)
-                       for sample in samples]
-                save_pt({"meta": metas[location], "scene": scene["name"],
-                         "token": [sample["token"] for sample in samples],
-                         "bev": torch.from_numpy(np.stack(bev))}, out / "bev_gt" / f"{scene['name']}.pt")
+            draw = partial(rasterise_scene, road_map, config)
+            for content in torch.utils.data.DataLoader(scenes, None, num_workers=args.workers, collate_fn=draw):
+                save_pt({"meta": metas[location], **content}, folder / f"{content['scene']}.pt")
                 progress.update()
+    if RANK:
+        sys.exit()
 
+    split |= geo_splits(tracks, args.geo_distance)
+    near = ", ".join(f"{side} {share_near(tracks, split[side], split[train]):.1%}"
+                     for train, *others in SPLITS.values() for side in others)
+    print(f"key frames within {NEAR:g} m of one to train on: {near}")
     if todo or not (out / "splits.json").exists() or read_json(out / "splits.json", "delete it") != split:
         save_json(split, out / "splits.json")
-        print(f"wrote {out / 'bev_gt'} and {out / 'splits.json'}: "
-              f"{len(split['train'])} scenes to train on, {len(split['val'])} to validate on")
+        print(f"wrote {folder} and {out / 'splits.json'}: scenes: "
+              + ", ".join(f"{side} {len(names)}" for side, names in split.items()))
     else:
-        print(f"{out / 'bev_gt'} and {out / 'splits.json'} are finished: nothing to do")
+        print(f"{folder} and {out / 'splits.json'} are finished: nothing to do")

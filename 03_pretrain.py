@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
 from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
-                       RANK, RANKS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
+                       RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
                        load_artifact, make_meta, pixels_to_ground, positive, read_splits, relative_pose, render,
                        save_pt, sum_over_ranks, warp)
 
@@ -51,6 +51,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
+    parser.add_argument("--split", default="official", choices=SPLITS, help="which one's train scenes (02_bev_gt.py)")
     parser.add_argument("--init", default="scratch", help="scratch, or a released BEVFormer checkpoint (.pth)")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
@@ -271,8 +272,10 @@ if __name__ == "__main__":
     join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
-    frames = Frames(args.out, read_splits(args.out)["train"], config, config.history)
+    train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
+    frames = Frames(args.out, train, config, config.history)
     model = initial_model(args, config, path).to(DEVICE)
+    args.seen = sorted({*args.seen, *train})
     args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
     if args.target != "rendered":
         # Each process begins with a share of its own, and finds the files of the others when it comes to theirs.

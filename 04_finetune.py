@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from model import PRESETS, fit, image_loss, initial_model, load_checkpoint, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CONSENSUS_FLAGS, DEVICE, Frames, check_training, claim, join_ranks, positive,
-                       read_splits)
+from reproject import (CLASS_WEIGHTS, CONSENSUS_FLAGS, DEVICE, SPLITS, Frames, check_training, claim, join_ranks,
+                       positive, read_splits)
 
 
 def parse_args():
@@ -32,6 +32,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
+    parser.add_argument("--split", default="official", choices=SPLITS, help="which one's train scenes (02_bev_gt.py)")
     parser.add_argument("--init", default="{out}/pretrain.pt",
                         help="checkpoint of 03_pretrain.py, scratch, or a released BEVFormer (.pth)")
     parser.add_argument("--labels", type=float, default=0.5, help="share of the training scenes whose labels are used")
@@ -66,8 +67,9 @@ if __name__ == "__main__":
     join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]
-    train = read_splits(args.out)["train"]
+    train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
+    model = initial_model(args, config, path).to(DEVICE)
     rest, settings = {}, {}
     if args.init.endswith(".pt") and not args.labelled_only:
         pretraining = load_checkpoint(args.init, "run 03_pretrain.py", config)[0]["args"]
@@ -77,7 +79,7 @@ if __name__ == "__main__":
             rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, settings)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
-    model = initial_model(args, config, path).to(DEVICE)
+    args.seen = sorted({*args.seen, *args.scenes, *rest})
 
     def loss_fn(batch):
         logits, _ = run_sequence(model, batch)

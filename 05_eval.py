@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_overlap, iou, load_checkpoint, step
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, Frames, join_ranks, lift,
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, join_ranks, lift,
                        read_splits, render, save_json, sum_over_ranks, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
@@ -39,7 +39,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
-    parser.add_argument("--split", default="val", choices=("train", "val"), help="which scenes")
+    parser.add_argument("--split", default="val", choices=sum(SPLITS.values(), ()), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
     return parser.parse_args()
@@ -174,20 +174,22 @@ if __name__ == "__main__":
     if args.pictures < 0:
         sys.exit(f"error: --pictures {args.pictures}: give 0 or more")
     if args.checkpoint == "ipm":
-        model, config = None, PRESETS[args.preset]
+        model, config, seen = None, PRESETS[args.preset], []
     else:
         checkpoint, model = load_checkpoint(args.checkpoint, "give one of 03_pretrain.py or 04_finetune.py")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
-        config = model.config
+        config, seen = model.config, checkpoint["args"].get("seen", [])
         model.to(DEVICE).eval()
-    scenes = read_splits(args.out)[args.split]
+    scenes = read_splits(args.out, args.split)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
+    if (known := set(scenes) & set(seen)) and not args.split.endswith("train") and RANK == 0:
+        print(f"warning: {args.checkpoint} was trained on {len(known)} of the {len(scenes)} scenes of {args.split}")
     frames = Frames(args.out, scenes, config, bev_gt=True)
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
-    for old in folder.glob("*") if RANK == 0 else ():
-        old.unlink()
+    for old in (*folder.glob("sample_*.png"), folder / "metrics.json"):
+        old.unlink(missing_ok=True)
     with torch.no_grad():
         overlap, sheets = evaluate(frames, model, config, min(args.pictures, len(frames)))
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}

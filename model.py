@@ -31,9 +31,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, BatchNorm, Grid, Linear,
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm, Grid, Linear,
                        batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
-                       pillars_in_cameras, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched)
+                       pillars_in_cameras, read_splits, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -431,14 +431,15 @@ def load_checkpoint(path, remedy, config=None):
 
 def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
-    checkpoint of 03 or of a released BEVFormer (.pth). args.init_digest then says which weights these were."""
-    model, args.init_digest, goes_on = BEVSegmenter(config), None, Path(path).exists()
+    checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights) and args.seen (their scenes)."""
+    model, args.init_digest, args.seen, goes_on = BEVSegmenter(config), None, [], Path(path).exists()
     if args.init == "scratch":
         if config.weights and not goes_on:  # a run that goes on has its weights already
             model.load_backbone_weights()
         return model
     if goes_on and not Path(args.init).exists():
-        args.init_digest = load_checkpoint(path, "delete it or choose another --name")[0]["args"].get("init_digest")
+        known = load_checkpoint(path, "delete it or choose another --name")[0]["args"]
+        args.init_digest, args.seen = known.get("init_digest"), known.get("seen", [])
         return model
     if args.init.endswith(".pth"):
         content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
@@ -456,6 +457,11 @@ def initial_model(args, config, path):
         if checkpoint["step"] < checkpoint["args"]["steps"]:
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again with the same flags, it goes on from there")
+        splits = read_splits(args.out, *SPLITS[args.split])
+        args.seen = checkpoint["args"].get("seen", splits["train"])  # older checkpoints know no other split
+        if leak := [scene for side in SPLITS[args.split][1:] for scene in splits[side] if scene in args.seen]:
+            sys.exit(f"error: {args.init} was trained on {len(leak)} scenes that --split {args.split} holds out, e.g. "
+                     f"{leak[0]}: run 03_pretrain.py with --split {args.split} and another --name")
     args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]  # compared when a run goes on
     return model
 
@@ -536,7 +542,7 @@ def resume(model, optimizer, args, path):
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
     for key, value in vars(args).items():
-        free = key in ("workers", "checkpointing", "out", "name", "init")
+        free = key in ("workers", "checkpointing", "out", "name", "init", "seen")  # seen: follows from others
         if not free and checkpoint["args"].get(key) != value:
             sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
     if checkpoint["step"] >= args.steps:

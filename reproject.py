@@ -52,6 +52,8 @@ LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else c
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
 HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
+# The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
+SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
 
 
 # ---------------------------------------------------------------- one process or many (torchrun)
@@ -511,12 +513,12 @@ def decode(data):
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data.numpy().tobytes()))))
 
 
-def read_splits(out):
-    """{"train": [scene names], "val": [scene names]} as 02_bev_gt.py wrote them."""
+def read_splits(out, *sides):
+    """{"train": [scene names], "val": ...} as 02_bev_gt.py wrote them, with at least these two and `sides`."""
     path = Path(out) / "splits.json"
     splits = read_json(path, "run 02_bev_gt.py")
-    if not isinstance(splits, dict) or not {"train", "val"} <= splits.keys():
-        sys.exit(f"error: {path} is damaged: run 02_bev_gt.py")
+    if not isinstance(splits, dict) or not {"train", "val", *sides} <= splits.keys():
+        sys.exit(f"error: {path} is damaged or from before the geo split: run 02_bev_gt.py again")
     return splits
 
 
@@ -689,7 +691,7 @@ def watched():
         if "DataLoader worker" not in str(error):
             raise
         said = str(error).strip().splitlines()[-1].partition("error: ")[2]  # below the worker's traceback
-        sys.exit("error: " + (said or "a worker that decodes images was stopped, perhaps for want of memory: "
+        sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: "
                                       "use fewer --workers"))
 
 

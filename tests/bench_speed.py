@@ -1,4 +1,5 @@
-"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, and the five stages.
+"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages, and the
+rasteriser of stage 02 beside the devkit's.
 
     python tests/bench_speed.py
     python tests/bench_speed.py --parts encoder --sizes tiny
@@ -9,9 +10,10 @@ float32 they are first seen to give the same result. Memory is the growth of the
 backward pass; on a GPU, what PyTorch has allocated at most. FLOPs are those of matrix products and convolutions.
 
 The last line is JSON: time and memory of our encoder over vis4d's, the worst of the float32 and of the bfloat16 rows
-(null without vis4d).
+(null without vis4d); and how many times the devkit's samples a second our rasteriser draws, the worst row.
 """
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -26,6 +28,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import shapely
 import torch
 from peer import EGO_T_LIDAR, build, forward
 from rig import pose, surround
@@ -33,10 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from model import PRESETS, BEVSegmenter, Encoder, load_official, run_sequence, segmentation_loss
-from reproject import Linear, keep_freed_memory
+from reproject import Linear, keep_freed_memory, key_frames, look_up, world_from_ego
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("encoder", "scaling", "step", "stages")
+PARTS = ("encoder", "scaling", "step", "stages", "bev_gt")
 SCALING = {"queries": (25, 50, 100), "cameras": (1, 2, 3, 6), "levels": (1, 2, 4), "batch": (1, 2, 4)}
 
 
@@ -385,6 +388,82 @@ def stages(args):
             row(script, f"{1 / float(rate) if per else float(rate):.2f} {unit}s a second")
 
 
+def rasterisers(args):
+    """Samples a second of stage 02's `rasterise` and of the devkit's get_map_mask, in turns: the same map, poses, grids
+    and layers, all geometry read before. Returns the speed-up of each row.
+
+    The devkit fills road segments and lanes, where ours draws the contour of their union; its lines are 2 pixels wide.
+    It goes through the whole map for each sample: the map is taken as it is, and ten times.
+    """
+    from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
+    from nuscenes.nuscenes import NuScenes
+    # On Shapely 2 the devkit cannot go through a MultiLineString; it gets its parts, one by one.
+    one_line = NuScenesMapExplorer.mask_for_lines
+    NuScenesMapExplorer.mask_for_lines = staticmethod(
+        lambda lines, mask: [one_line(line, mask) for line in shapely.get_parts(lines)] and mask)
+    stage, speedups = importlib.import_module("02_bev_gt"), []
+    layers = ["ped_crossing", "lane_divider", "road_divider", "road_segment", "lane"]
+    row("rasteriser, one process", "records", "grid", "ours samples/s", "devkit samples/s", "times")
+    row(*["---"] * 6)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "6", "--val-scenes", "1"],
+                       cwd=folder, check=True, capture_output=True)
+        nusc = NuScenes("v1.0-trainval", f"{folder}/data/toy", verbose=False)
+        town = [look_up(nusc, "log", scene["log_token"])["location"] for scene in nusc.scene]
+        poses = [world_from_ego(nusc, sample) for scene, name in zip(nusc.scene, town) if name == town[0]
+                 for sample in key_frames(nusc, scene)]
+        path = Path(nusc.dataroot) / f"maps/expansion/{town[0]}.json"
+        for copies, size in ((1, "tiny"), (1, "paper"), (10, "tiny"), (10, "paper")):
+            if (copies, size) == (10, "tiny"):
+                repeat_map(path, copies)
+            ours, devkit, config = stage.read_map(path), NuScenesMap(nusc.dataroot, town[0]), PRESETS[size]
+            box = [end - start for start, end in (config.y_range, config.x_range)]  # the devkit's canvas is turned
+
+            def draw():
+                return [stage.rasterise(ours, pose, config.grid, config.line_width) for pose in poses]
+
+            def peer():
+                return [devkit.get_map_mask((*pose[:2, 3].tolist(), *box), math.degrees(math.atan2(pose[1, 0],
+                        pose[0, 0])), layers, config.grid.shape[::-1]) for pose in poses]
+
+            check_masks(draw(), peer())
+            rates = [[len(poses) / seconds(function) for function in (draw, peer)] for _ in range(args.runs)]
+            speedups.append(statistics.median(a / b for a, b in rates))
+            row(f"{len(poses)} samples", sum(len(getattr(devkit, layer)) for layer in layers),
+                "x".join(map(str, config.grid.shape)), *(spread(side, digits=0) for side in zip(*rates)),
+                spread([a / b for a, b in rates], digits=0))
+    return speedups
+
+
+def repeat_map(path, copies):
+    """Make a map as large as `copies` of it, 10 km apart; the tokens of each get an ending of their own."""
+    text, shift = path.read_text(), 10_000.0
+    table = json.loads(text)
+    for k in range(1, copies):
+        more = json.loads(re.sub(r'"([0-9a-f]{32})"', rf'"\1-{k}"', text))
+        for node in more["node"]:
+            node["x"] += k * shift
+        for layer, records in more.items():
+            if isinstance(records, list) and layer != "canvas_edge":
+                table[layer] += records
+    path.write_text(json.dumps(table))
+
+
+def check_masks(ours, devkit):
+    """Both look at the same places: where ours has a crossing, the devkit has one, but for a few cells at the rims."""
+    ours = torch.stack([torch.from_numpy(bev) for bev in ours]) == 2
+    theirs = torch.stack([torch.from_numpy(masks[0]).bool().T.flip(0, 1) for masks in devkit])
+    if (ours & ~theirs).sum() > 0.05 * ours.sum() or not ours.any():
+        sys.exit("error: the two rasterisers draw different things")
+
+
+def seconds(function):
+    """How long a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
 if __name__ == "__main__":
     args = parse_args()
     peak = matmul_peak(args.device)
@@ -397,5 +476,9 @@ if __name__ == "__main__":
         if part in args.parts:
             print()
             function()
-    print(json.dumps({f"encoder_{what}_ratio{kind}": round(max(pair[i] for pair in pairs), 3) if pairs else None
-                      for kind, pairs in ratios.items() for i, what in enumerate(("time", "memory"))}))
+    summary = {f"encoder_{what}_ratio{kind}": round(max(pair[i] for pair in pairs), 3) if pairs else None
+               for kind, pairs in ratios.items() for i, what in enumerate(("time", "memory"))}
+    if "bev_gt" in args.parts:
+        print()
+        summary["bev_gt_speedup"] = round(min(rasterisers(args)), 1)
+    print(json.dumps(summary))

@@ -2,6 +2,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -287,6 +288,81 @@ def test_official_splits():
     assert stage.official_splits(names, "v1.0-mini") == {"train": ["scene-0061"], "val": ["scene-0103"]}
 
 
+# ---------------------------------------------------------------- the geo split
+
+def straight(x, y, frames=10, step=4.0):
+    """A drive towards +x from (x, y)."""
+    return np.stack((x + step * np.arange(frames), np.full(frames, y)), 1)
+
+
+def test_a_chain_of_scenes_stays_together():
+    """a comes near b, and b near c; a and c are 80 m apart. d begins 36 m after the end of c."""
+    tracks = {"c": straight(0, 80), "a": straight(0, 0), "b": straight(0, 40), "d": straight(72, 80)}
+    assert stage.join_tracks(tracks, 50.0) == [("a", "b", "c", "d")]
+    assert stage.join_tracks(tracks, 40.0) == [("a", "b", "c", "d")]  # not "nearer than", but "as near as"
+    assert stage.join_tracks(tracks, 39.0) == [("c", "d"), ("a",), ("b",)]
+    assert stage.join_tracks(tracks, 30.0) == [("a",), ("b",), ("c",), ("d",)]
+    assert stage.join_tracks({**tracks, "d": straight(72, 80, 11)}, 30.0) == [("d",), ("a",), ("b",), ("c",)]
+
+
+def wander(rng, size):
+    """The track of a drive of 2 to 40 key frames that turns at random; or of a parked car."""
+    frames, heading = rng.integers(2, 41), rng.uniform(0, 7) + np.cumsum(rng.normal(0, 0.2, 40))
+    steps = rng.choice((0.0, 2.0, 5.0)) * np.stack((np.cos(heading), np.sin(heading)), 1)
+    return (rng.uniform(0, size, 2) + np.cumsum(steps, 0))[:frames]
+
+
+@pytest.mark.parametrize("seed, size", [(0, 500), (1, 1200), (2, 1200), (3, 3000)])
+def test_geo_split_against_brute_force(seed, size):
+    rng = np.random.default_rng(seed)
+    tracks = {f"scene-{i:02}": wander(rng, size) for i in range(60)}
+    distance = {(a, b): np.linalg.norm(p[:, None] - q, axis=-1).min() for a, p in tracks.items()
+                for b, q in tracks.items()}
+    component = {name: name for name in tracks}  # the smallest name that can be reached
+    for _ in tracks:
+        component = {a: min(component[b] for b in tracks if distance[a, b] <= 50) for a in tracks}
+    groups = stage.join_tracks(tracks, 50.0)
+    assert sorted(groups) == sorted({tuple(b for b in tracks if component[a] == component[b]) for a in tracks})
+
+    split = stage.geo_splits(tracks, 50.0)
+    side = {name: key for key, names in split.items() for name in names}
+    assert sorted(sum(split.values(), [])) == sorted(tracks) and all(names == sorted(names) for names in split.values())
+    assert all(side[a] == side[b] or d > 50 for (a, b), d in distance.items())
+    backwards = {name: tracks[name] for name in reversed(tracks)}
+    assert stage.geo_splits(backwards, 50.0) == split
+    frames = {key: sum(len(tracks[name]) for name in names) for key, names in split.items()}
+    largest = max(sum(len(tracks[name]) for name in group) for group in groups)
+    for key, share in zip(("geo_train", "geo_val", "geo_test"), (0.7, 0.15, 0.15)):
+        assert abs(frames[key] - share * sum(frames.values())) <= largest
+        if size == 3000:  # many small groups
+            assert frames[key] / sum(frames.values()) == pytest.approx(share, abs=0.02)
+
+    near = np.mean([any(np.linalg.norm(tracks[train] - xy, axis=1).min() <= 5 for train in list(tracks)[20:])
+                    for name in list(tracks)[:20] for xy in tracks[name]])
+    assert stage.share_near(tracks, list(tracks)[:20], list(tracks)[20:]) == pytest.approx(near)
+    assert near > 0 or size == 3000
+    assert stage.share_near(tracks, split["geo_val"] + split["geo_test"], split["geo_train"]) == 0
+
+
+@pytest.mark.parametrize("frames, expected", [
+    ([5], ["geo_train"]), ([5, 5], ["geo_train", "geo_val"]), ([1, 99], ["geo_val", "geo_train"]),
+    ([5, 5, 5], ["geo_train", "geo_val", "geo_test"]), ([40, 38, 11, 11], ["geo_train"] * 2 + ["geo_val", "geo_test"]),
+    ([10, 60, 10, 10, 10], ["geo_val", "geo_train", "geo_test", "geo_train", "geo_val"])])
+def test_few_groups(frames, expected):
+    """Hand-computed: the largest first, each to the side that lacks most of 70, 15 and 15%; the last to empty ones."""
+    tracks = {f"scene-{i}": straight(0, 1000 * i, n) for i, n in enumerate(frames)}
+    split = stage.geo_splits(tracks, 50.0)
+    assert [key for name in tracks for key, names in split.items() if name in names] == expected
+
+
+def test_share_near():
+    tracks = {"train": np.array([(0.0, 0.0), (100, 0)]), "a": np.array([(0.0, 5.0), (3, 4), (0, 5.01), (96, 0.0)]),
+              "b": np.array([(50.0, 0.0)])}
+    assert stage.share_near(tracks, ["a"], ["train"]) == 0.75
+    assert stage.share_near(tracks, ["a", "b"], ["train"]) == 0.6
+    assert stage.share_near(tracks, [], ["train"]) == stage.share_near(tracks, ["a"], []) == 0
+
+
 # ---------------------------------------------------------------- the script
 
 @pytest.fixture(scope="module")
@@ -298,8 +374,9 @@ def world(tmp_path_factory):
     return cwd
 
 
-def run(cwd, *args):
-    return subprocess.run([sys.executable, ROOT / "02_bev_gt.py", *args], capture_output=True, text=True, cwd=cwd)
+def run(cwd, *args, **environment):
+    return subprocess.run([sys.executable, ROOT / "02_bev_gt.py", *args], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | environment)
 
 
 def fails(result, *words):
@@ -334,6 +411,57 @@ def test_script_writes_resumes_and_finishes(world):
     for path in paths:
         path.write_text(path.read_text() + " ")
     fails(run(world), ".pt", "map", "delete")
+
+
+def test_any_number_of_processes_writes_the_same_files(world, tmp_path):
+    def files(out):
+        return {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")}
+
+    assert run(world, "--out", tmp_path / "one", "--workers", "0").returncode == 0
+    expected = files(tmp_path / "one")
+    assert len(expected) == 3
+    assert run(world, "--out", tmp_path / "three", "--workers", "3").returncode == 0
+    assert files(tmp_path / "three") == expected
+    for rank in ("1", "2", "0"):  # torchrun starts them at once, but none may wait for another
+        result = run(world, "--out", tmp_path / "ranks", RANK=rank, WORLD_SIZE="3")
+        assert result.returncode == 0 and ("geo_val" in result.stdout) == (rank == "0")
+        assert len(files(tmp_path / "ranks")) == {"1": 1, "2": 1, "0": 3}[rank]  # a scene; nothing; a scene, the splits
+    assert files(tmp_path / "ranks") == expected
+    fails(run(world, "--workers", "-1"), "--workers")
+
+
+def test_geo_split_of_the_script(world, tmp_path):
+    """Two scenes with the same coordinates, first in two locations, then in one; there --geo-distance decides."""
+    root, splits = tmp_path / "data", tmp_path / "out/splits.json"
+    shutil.copytree(world / "data/toy", root, ignore=shutil.ignore_patterns("samples"))
+    args = ("--dataroot", root, "--out", tmp_path / "out")
+    tables = {path.stem: json.loads(path.read_text()) for path in (root / "v1.0-trainval").glob("*.json")}
+    first, second = sorted(tables["scene"], key=lambda scene: scene["name"])
+    pose_of = {data["sample_token"]: data["ego_pose_token"] for data in tables["sample_data"]
+               if "/LIDAR_TOP/" in data["filename"]}
+    where = {record["token"]: record for record in tables["ego_pose"]}
+    drives = [[where[pose_of[s["token"]]] for s in sorted(tables["sample"], key=lambda s: s["timestamp"])
+               if s["scene_token"] == scene["token"]] for scene in (first, second)]
+    for here, there in zip(*drives):
+        there["translation"] = [here["translation"][0], here["translation"][1] + 3, 0.0]
+    (root / "v1.0-trainval/ego_pose.json").write_text(json.dumps(tables["ego_pose"]))
+    apart = {"train": [first["name"]], "val": [second["name"]],
+             "geo_train": [first["name"]], "geo_val": [second["name"]], "geo_test": []}
+    assert "one to train on: val 0.0%, geo_val 0.0%, geo_test 0.0%" in run(tmp_path, *args).stdout
+    assert json.loads(splits.read_text()) == apart
+
+    shutil.rmtree(tmp_path / "out")
+    town = {"location": tables["log"][0]["location"]}
+    (root / "v1.0-trainval/log.json").write_text(json.dumps([record | town for record in tables["log"]]))
+    assert "val 100.0%, geo_val 0.0%" in run(tmp_path, *args).stdout
+    together = json.loads(splits.read_text())
+    assert together == apart | {"geo_train": [first["name"], second["name"]], "geo_val": []}
+    assert "nothing to do" in run(tmp_path, *args).stdout
+    assert "geo_val 1" in run(tmp_path, *args, "--geo-distance", "2.9").stdout
+    assert json.loads(splits.read_text()) == apart
+    splits.write_text(json.dumps({"train": [first["name"]], "val": [second["name"]]}))  # from before the geo split
+    assert "nothing to do" not in run(tmp_path, *args).stdout
+    assert json.loads(splits.read_text()) == together
 
 
 def test_script_stops_on_bad_input(world, tmp_path):

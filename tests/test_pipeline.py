@@ -155,6 +155,51 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     assert f"{other.name} was made with other margin" in run(*tune, cwd=tmp_path, ok=False)
 
 
+def test_training_sees_nothing_of_what_its_split_holds_out(world, tmp_path):
+    """With the sides of the geo split exchanged: what is official val is trained on, official train is held out."""
+    shutil.copytree(world / "out", tmp_path / "out")
+    splits = json.loads((tmp_path / "out/splits.json").read_text())
+    train, val = splits["train"], splits["val"]
+    assert splits == {"train": train, "val": val, "geo_train": train, "geo_val": val, "geo_test": []}
+    geo = {"geo_train": val, "geo_val": [], "geo_test": train}
+    (tmp_path / "out/splits.json").write_text(json.dumps(splits | geo))
+
+    def training(name):
+        return torch.load(tmp_path / f"out/{name}.pt", weights_only=True)["args"]
+
+    assert training("pretrain")["seen"] == train and training("pretrain")["split"] == "official"
+    tune = "04_finetune.py", "--steps", 1, "--name"
+    refused = run(*tune, "b", "--split", "geo", cwd=tmp_path, ok=False)
+    assert "pretrain.pt was trained on 1 scenes that --split geo holds out" in refused and train[0] in refused
+    run("03_pretrain.py", "--steps", 1, "--split", "geo", "--name", "geo", cwd=tmp_path)
+    assert training("geo")["seen"] == val and (tmp_path / f"out/geo/{val[0]}.pt").exists()
+    official = *tune, "b", "--init", "out/geo.pt"
+    assert "geo.pt was trained on 1 scenes that --split official holds out" in run(*official, cwd=tmp_path, ok=False)
+    run(*tune, "geo_4", "--init", "out/geo.pt", "--split", "geo", cwd=tmp_path)
+    assert training("geo_4")["seen"] == training("geo_4")["scenes"] == val
+
+    for checkpoint, side, warns in (("geo_4", "val", True), ("geo_4", "geo_train", False), ("geo_4", "geo_test", False),
+                                    ("finetune", "geo_test", True)):
+        said = run("05_eval.py", "--checkpoint", f"out/{checkpoint}.pt", "--split", side, cwd=tmp_path)
+        assert (f"{checkpoint}.pt was trained on 1 of the 1 scenes of {side}" in said) == warns
+        assert ("warning" in said) == warns
+        assert json.loads((tmp_path / "out/eval/metrics.json").read_text())["split"] == side
+
+    # What pretraining has seen, fine-tuning has seen, too; and older files know the official split alone.
+    pretrained = torch.load(tmp_path / "out/pretrain.pt", weights_only=True)
+    pretrained["args"]["seen"] = ["scene-0999", *train]
+    save_pt(pretrained, tmp_path / "out/more.pt")
+    run(*tune, "more_4", "--init", "out/more.pt", "--labelled-only", cwd=tmp_path)
+    assert training("more_4")["seen"] == sorted(["scene-0999", *train])
+    del pretrained["args"]["seen"]
+    save_pt(pretrained, tmp_path / "out/more.pt")
+    old = *tune, "c", "--init", "out/more.pt", "--split", "geo"
+    assert "more.pt was trained on 1 scenes" in run(*old, cwd=tmp_path, ok=False)
+    (tmp_path / "out/splits.json").write_text(json.dumps({"train": train, "val": val}))
+    for command in (old, ("03_pretrain.py", "--split", "geo"), ("05_eval.py", "--split", "geo_val")):
+        assert "splits.json is damaged or from before the geo split" in run(*command, cwd=tmp_path, ok=False)
+
+
 def test_a_missing_scene_is_named(world):
     scene = json.loads((world / "out/splits.json").read_text())["val"][0]
     path = world / f"out/bev_gt/{scene}.pt"

@@ -277,3 +277,5 @@ def test_read_splits(tmp_path):
         read_splits(tmp_path)
     (tmp_path / "splits.json").write_text(json.dumps({"train": ["a"], "val": []}))
     assert read_splits(tmp_path)["train"] == ["a"]
+    with pytest.raises(SystemExit, match="from before the geo split: run 02_bev_gt.py again"):
+        read_splits(tmp_path, "geo_val")
