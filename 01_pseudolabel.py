@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import PRESETS
 from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, encode, inverse, is_finished, key_frames, look_up,
-                       make_meta, open_tables, pose_matrix, recorded, save_pt, world_from_ego)
+                       make_meta, open_tables, pose_matrix, recorded, save_pt, watched, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -191,6 +191,9 @@ def read_scene(nusc, scene, image_size):
             sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
             frames["ego_T_cam"].append(inverse(world_T_ego) @ world_T_ego_then @ pose_matrix(sensor))
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
+            if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) <= 0:
+                sys.exit(f"error: {nusc.table_root}: {data['filename']} has a size or focal length of 0 or less: "
+                         "unpack the data set's metadata again")
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
             paths.append(Path(nusc.dataroot) / data["filename"])
@@ -211,13 +214,14 @@ def load_image(path, image_size, segmenter_size):
             image = file.convert("RGB")
     except FileNotFoundError:
         sys.exit(f"error: image {path} is missing: unpack the data set's images again")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(f"error: image {path} is damaged ({error}): unpack the data set's images again")
     # Pillow's resize is antialiased, and its threads do not fight for the cores as PyTorch's would.
     small, shown = (image.resize((w, h), Image.Resampling.BILINEAR) for h, w in (image_size, segmenter_size))
     return encode(small, "JPEG"), torch.from_numpy(np.array(shown)).permute(2, 0, 1)
 
 
+@watched()
 def label_images(paths, segment, membership, segmenter_size, image_size, min_confidence):
     """Image paths -> [(JPEG bytes at image_size, PNG bytes of the pseudo-label)]."""
     small, shown = zip(*(load_image(path, image_size, segmenter_size) for path in paths))

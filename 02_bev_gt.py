@@ -72,13 +72,15 @@ def read_map(path):
                       for record in table[layer]]
             polygon[layer] = [shapely.Polygon(outside, holes) for outside, *holes in points]
         # Some road dividers of the real maps have no line: an empty token or fewer than two nodes.
-        divider = [line.get(record["line_token"], []) for layer in ("lane_divider", "road_divider")
-                   for record in table[layer]]
-    except (KeyError, TypeError, ValueError) as error:
+        divider = [line[record["line_token"]] for layer in ("lane_divider", "road_divider")
+                   for record in table[layer] if record["line_token"] != ""]
+        if not np.isfinite(np.array(list(node.values()), float)).all():
+            raise ValueError("a node has no place")
+        return {"ped_crossing": shapely.STRtree(shapely.make_valid(polygon["ped_crossing"])),
+                "divider": shapely.STRtree(pieces(divider)),
+                "boundary": shapely.STRtree(pieces(contour(polygon["road_segment"] + polygon["lane"])))}
+    except (LookupError, TypeError, ValueError, AttributeError, shapely.errors.ShapelyError) as error:
         sys.exit(f"error: {path} is damaged ({type(error).__name__}: {error}): get {EXPANSION}")
-    return {"ped_crossing": shapely.STRtree(shapely.make_valid(polygon["ped_crossing"])),
-            "divider": shapely.STRtree(pieces(divider)),
-            "boundary": shapely.STRtree(pieces(contour(polygon["road_segment"] + polygon["lane"])))}
 
 
 def contour(road):

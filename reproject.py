@@ -25,7 +25,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import warnings
@@ -46,6 +45,7 @@ NUM_CLASSES = len(CLASSES)
 CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
 FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
+FRAMES_KEYS = ("timestamp", "image", "label", "K", "ego_T_cam", "world_T_ego")  # what frames have of each key frame
 CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope")  # of 03: what a consensus depends on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
@@ -54,6 +54,12 @@ MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames c
 HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
 # The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
 SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
+FIELDS = {  # what is read of the records of nuScenes' tables: its type, or how many of what it lists
+    "scene": {"name": str, "description": str, "log_token": str, "first_sample_token": str, "nbr_samples": int},
+    "log": {"location": str}, "sample": {"timestamp": int, "next": str},
+    "sample_data": {"filename": str, "width": int, "height": int, "ego_pose_token": str},
+    "ego_pose": {"rotation": (4, float), "translation": (3, float)},
+    "calibrated_sensor": {"rotation": (4, float), "translation": (3, float), "camera_intrinsic": (3, (3, float))}}
 
 
 # ---------------------------------------------------------------- one process or many (torchrun)
@@ -401,28 +407,48 @@ def open_tables(NuScenes, dataroot, version):
         sys.exit(f"error: there is no folder {folder}: set --dataroot and --version to a nuScenes data set "
                  "(tests/toyworld.py writes data/toy, version v1.0-trainval)")
     try:
-        return NuScenes(version, str(dataroot), verbose=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        nusc = NuScenes(version, str(dataroot), verbose=False)
+        nusc.scene = [look_up(nusc, "scene", scene["token"]) for scene in nusc.scene]
+        if not nusc.scene:
+            raise ValueError("there is no scene")
+        return nusc
+    except Exception as error:  # there is nothing that the devkit does not raise on damaged tables
         for path in sorted(folder.glob("*.json")):
             read_json(path, "unpack the data set's metadata again")  # names the damaged table, if it is one
         sys.exit(f"error: {folder}: the tables do not fit together ({type(error).__name__}: {error}): "
                  "unpack the data set's metadata again")
 
 
+def is_sound(value, kind):
+    """Whether a value is text (str), a whole number from 0 on (int), a finite number (float) or a list of so many."""
+    if isinstance(kind, tuple):
+        count, inner = kind
+        return (isinstance(value, list) and len(value) == count and all(is_sound(v, inner) for v in value)
+                and (count != 4 or any(value)))  # four numbers are a quaternion: 0 is none
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is str or value >= 0)
+
+
 def look_up(nusc, table, token):
-    """A record of the tables."""
-    try:
-        return nusc.get(table, token)
-    except KeyError:
-        sys.exit(f"error: {nusc.table_root}/{table}.json has no record {token}: unpack the data set's metadata again")
+    """A record of the tables; stops with one line if there is none, or if one of its FIELDS is not sound."""
+    with contextlib.suppress(KeyError, TypeError):
+        record = nusc.get(table, token)
+        if all(is_sound(record.get(field), kind) for field, kind in FIELDS[table].items()):
+            return record
+    sys.exit(f"error: {nusc.table_root}/{table}.json has no record {token} with a sound {', '.join(FIELDS[table])}: "
+             "unpack the data set's metadata again")
 
 
 def key_frames(nusc, scene):
     """A scene's samples in time order."""
     samples, token = [], scene["first_sample_token"]
-    while token:
+    while token and len(samples) <= scene["nbr_samples"]:  # a wrong token may lead in a circle
         samples.append(look_up(nusc, "sample", token))
         token = samples[-1]["next"]
+    if not samples or len(samples) != scene["nbr_samples"]:
+        sys.exit(f"error: {nusc.table_root}/sample.json: {scene['name']} has {len(samples)} key frames in a row, "
+                 f"{scene['nbr_samples']} in scene.json: unpack the data set's metadata again")
     return samples
 
 
@@ -447,7 +473,7 @@ def read_json(path, remedy):
         sys.exit(f"error: {path} is missing: {remedy}")
     except OSError as error:
         sys.exit(f"error: {path} cannot be read ({error.strerror}): {remedy}")
-    except ValueError:
+    except (ValueError, RecursionError):
         sys.exit(f"error: {path} is damaged: {remedy}")
 
 
@@ -472,8 +498,10 @@ def whole_file(path):
 
 def save_pt(content, path):
     """Write a .pt, whole or not at all."""
+    buffer = io.BytesIO()  # a disk that is full is no reason that torch.save would tell
+    torch.save(content, buffer)
     with whole_file(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
 def save_json(content, path):
@@ -486,17 +514,22 @@ def load_pt(path, remedy):
     """Read a .pt (tensors, strings, numbers, lists, dicts only), or stop with one line that ends in the remedy."""
     try:
         # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-        return torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
+        is_zip = zipfile.is_zipfile(path)
+        # torch.load does not look at the checksums that torch.save writes: flipped bits would be other weights.
+        if is_zip and zipfile.ZipFile(path).testzip():
+            raise ValueError
+        return torch.load(path, weights_only=True, mmap=is_zip, map_location="cpu")
     except FileNotFoundError:
         sys.exit(f"error: {path} is missing: {remedy}")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError):
+    except Exception:  # there is nothing that damaged pickles do not raise
         sys.exit(f"error: {path} is damaged or no .pt file of this project: {remedy}")
 
 
-def load_artifact(path, remedy):
-    """Read a file of frames/ or bev_gt/."""
+def load_artifact(path, remedy, keys=()):
+    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame."""
     content = load_pt(path, remedy)
-    if not isinstance(content, dict) or not {"meta", "token"} <= content.keys():
+    if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
+            or any(len(content[key]) != len(content["token"]) for key in keys)):
         sys.exit(f"error: {path} is no file of stage 01 or 02: {remedy}")
     return content
 
@@ -517,7 +550,7 @@ def read_splits(out, *sides):
     """{"train": [scene names], "val": ...} as 02_bev_gt.py wrote them, with at least these two and `sides`."""
     path = Path(out) / "splits.json"
     splits = read_json(path, "run 02_bev_gt.py")
-    if not isinstance(splits, dict) or not {"train", "val", *sides} <= splits.keys():
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(side), list) for side in ("train", "val", *sides)):
         sys.exit(f"error: {path} is damaged or from before the geo split: run 02_bev_gt.py again")
     return splits
 
@@ -574,13 +607,13 @@ class Frames(torch.utils.data.Dataset):
         self.history, self.scenes, self.samples, made_of = history, [], [], []
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
-            frames = load_artifact(path, "run 01_pseudolabel.py")
+            frames = load_artifact(path, "run 01_pseudolabel.py", FRAMES_KEYS)
             check_meta(path, frames["meta"], config, FRAMES_META, "run 01_pseudolabel.py with this --preset")
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
                 remedy = "run 03_pretrain.py" if learnt else "run 02_bev_gt.py"
-                truth = load_artifact(path, remedy)
+                truth = load_artifact(path, remedy, ("bev",))
                 check_meta(path, truth["meta"], config, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
@@ -684,10 +717,12 @@ def learning_rate(step, steps, peak):
 
 @contextlib.contextmanager
 def watched():
-    """Stop with one line where a worker of a DataLoader has met a damaged file, or was stopped itself."""
+    """Stop with one line where memory ran out, or a worker of a DataLoader met a damaged file or was stopped itself."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit("error: out of memory: use a smaller --batch-size or --preset, or --checkpointing and --bf16")
         if "DataLoader worker" not in str(error):
             raise
         said = str(error).strip().splitlines()[-1].partition("error: ")[2]  # below the worker's traceback

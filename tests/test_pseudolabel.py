@@ -229,11 +229,11 @@ def test_cameras_project_as_the_devkit_does(world):
 def test_each_camera_keeps_its_own_time():
     """A car at 10 m/s along its heading, tilted; the camera fires 40 ms before the lidar, so it was 0.4 m behind."""
     from pyquaternion import Quaternion
-    tilted = list(Quaternion(axis=(0, 0, 1), degrees=90) * Quaternion(axis=(0, 1, 0), degrees=2))
+    tilted = (Quaternion(axis=(0, 0, 1), degrees=90) * Quaternion(axis=(0, 1, 0), degrees=2)).elements.tolist()
     forward = [0.5, -0.5, 0.5, -0.5]  # camera z along ego x, camera x to the right
     records = {"sample": {"s": {"token": "s", "timestamp": 1, "next": "", "data": {
                    "LIDAR_TOP": "lidar", **{camera: "camera" for camera in CAMERAS}}}},
-               "sample_data": {"lidar": {"ego_pose_token": "now"},
+               "sample_data": {"lidar": {"ego_pose_token": "now", "filename": "x.bin", "width": 0, "height": 0},
                                "camera": {"ego_pose_token": "then", "calibrated_sensor_token": "c", "filename": "x.jpg",
                                           "width": 1600, "height": 900}},
                "ego_pose": {"now": {"rotation": tilted, "translation": [500.0, 1000.0, 0.0]},
@@ -242,7 +242,7 @@ def test_each_camera_keeps_its_own_time():
                                            "camera_intrinsic": [[1260.0, 0, 800.5], [0, 1250.0, 450.25], [0, 0, 1]]}},
                "log": {"l": {"location": "somewhere"}}}
     nusc = SimpleNamespace(dataroot="here", table_root="here/v", get=lambda table, token: records[table][token])
-    scene = {"name": "scene", "description": "", "log_token": "l", "first_sample_token": "s"}
+    scene = {"name": "scene", "description": "", "log_token": "l", "first_sample_token": "s", "nbr_samples": 1}
     frames, paths = stage.read_scene(nusc, scene, (450, 800))
     assert paths == [Path("here/x.jpg")] * 6
     assert torch.allclose(frames["K"][0, 0], torch.tensor([[630.0, 0, 400.25], [0, 625, 225.125], [0, 0, 1]]))

@@ -249,9 +249,10 @@ def test_digest_tells_labels_apart(tmp_path):
     (lambda out, config: (out / "bev_gt/a.pt").unlink(), "bev_gt/a.pt is missing: run 02"),
     (lambda out, config: os.truncate(out / "frames/a.pt", 5000), "a.pt is damaged"),
     (lambda out, config: write_scene(out, "a", config, [0.0], (72, 128)), "image_size [72, 128], expected [144, 256]"),
-    (lambda out, config: save_pt({"meta": make_meta(Config(cell=0.5), {}), "token": ["a-0"]}, out / "bev_gt/a.pt"),
+    (lambda out, config: save_pt({"meta": make_meta(Config(cell=0.5), {}), "token": ["a-0"], "bev": [0]},
+                                 out / "bev_gt/a.pt"),
      "cell 0.5, expected 0.3"),
-    (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"]}, out / "bev_gt/a.pt"),
+    (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"], "bev": [0]}, out / "bev_gt/a.pt"),
      "other key frames"),
     (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01 or 02: run 01"),
 ])
