@@ -3,13 +3,15 @@
 Reads:  the tables and the camera images of a nuScenes data set; a Mask2Former with Mapillary Vistas' label names.
 Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], timestamp (T,) microseconds,
             image T x 6 JPEG, label T x 6 PNG (class index, 255: ignore), K (T, 6, 3, 3), ego_T_cam (T, 6, 4, 4),
-            world_T_ego (T, 4, 4)}, all for images of the preset's size; frames as at the top of reproject.py
+            world_T_ego (T, 4, 4)}, all for images of the preset's size; frames as at the top of reproject.py.
+            With --sweeps, S more views follow the T key frames in timestamp, label, K, ego_T_cam and world_T_ego:
+            six images that were taken between two key frames, for the votes of stage 03
 
     python 01_pseudolabel.py                                                           # the embedded toy world
     python 01_pseudolabel.py --dataroot /data/nuscenes --preset paper --segmenter-size 768 1344 \\
         --segmenter facebook/mask2former-swin-large-mapillary-vistas-semantic
 
-Stop it when you like: scenes that are written are skipped the next time.
+Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.
 """
 import argparse
 import hashlib
@@ -29,8 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, encode, inverse, is_finished, key_frames, look_up,
-                       make_meta, open_tables, pose_matrix, recorded, save_pt, watched, world_from_ego)
+from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, encode, inverse, is_finished,
+                       key_frames, levelled, look_up, make_meta, open_tables, pose_matrix, recorded, save_pt, watched,
+                       world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -63,6 +66,8 @@ def parse_args():
                         help="size of the images that it is shown")
     parser.add_argument("--min-confidence", type=float, default=0.35,
                         help="pixels whose class is less probable than this are ignored")
+    parser.add_argument("--sweeps", type=int, default=0,
+                        help="images of each camera between two key frames that are labelled as well (12 Hz: up to 5)")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
     parser.add_argument("--out", default="out", help="folder of everything the stages write")
     parser.add_argument("--batch-size", type=int, default=6, help="images the segmenter is shown at once")
@@ -178,18 +183,52 @@ def contact_line(group):
 
 # ---------------------------------------------------------------- the data set
 
-def read_scene(nusc, scene, image_size):
-    """Everything about a scene that the tables know, as it goes into its file, and the image paths, T x 6."""
+def views_between(nusc, now, after, sweeps):
+    """Up to `sweeps` views between two key frames, given by their sample_data records in the order of CAMERAS.
+
+    Evenly spread in time, as far as each camera's images allow; only as many as every camera has. Returns
+    [(timestamp, world_T_ego levelled, 6 records)]: time and place are those of CAM_FRONT.
+    """
+    chosen = []  # a list a camera
+    for first, last in zip(now, after):
+        there, data = [], look_up(nusc, "sample_data", first["next"])
+        while not data["is_key_frame"]:
+            there.append(data)
+            data = look_up(nusc, "sample_data", data["next"])
+        n, picked = min(sweeps, len(there)), []
+        for k in range(n):
+            wanted = first["timestamp"] + (k + 1) / (n + 1) * (last["timestamp"] - first["timestamp"])
+            picked.append(min(there, key=lambda data: abs(data["timestamp"] - wanted)))
+            there.remove(picked[-1])
+        chosen.append(picked)
+    return [(records[0]["timestamp"], levelled(pose_of(nusc, records[0])), records) for records in zip(*chosen)]
+
+
+def pose_of(nusc, data):
+    """world_T_ego (4, 4) float64 at the time of a sample_data record."""
+    return pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
+
+
+def read_scene(nusc, scene, image_size, sweeps=0):
+    """Everything about a scene that the tables know, as it goes into its file, and the image paths, views x 6: those
+    of the key frames, then those of `sweeps` more views (views_between) from each key frame to the next one."""
+    samples, paths = key_frames(nusc, scene), []
     frames = {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
-              "description": scene["description"], "token": [], "timestamp": [],
-              "K": [], "ego_T_cam": [], "world_T_ego": []}
-    paths = []
-    for sample in key_frames(nusc, scene):
-        world_T_ego = world_from_ego(nusc, sample)
-        for camera in CAMERAS:
-            data, world_T_ego_then = recorded(nusc, sample, camera)  # the car has moved on since the LIDAR_TOP time
+              "description": scene["description"], "token": [sample["token"] for sample in samples],
+              "timestamp": [], "K": [], "ego_T_cam": [], "world_T_ego": []}
+    views = [(sample["timestamp"], world_from_ego(nusc, sample),
+              [recorded(nusc, sample, camera)[0] for camera in CAMERAS]) for sample in samples]
+    if sweeps:
+        views += [view for (*_, now), (*_, after) in zip(views, views[1:])
+                  for view in views_between(nusc, now, after, sweeps)]
+        if len(views) == len(samples) > 1:
+            sys.exit(f"error: {nusc.table_root}/sample_data.json has no images between the key frames of "
+                     f"{scene['name']}: use --sweeps 0")
+    for timestamp, world_T_ego, records in views:
+        for data in records:
             sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
-            frames["ego_T_cam"].append(inverse(world_T_ego) @ world_T_ego_then @ pose_matrix(sensor))
+            # The car has moved on since the time of the view: that of LIDAR_TOP, or between key frames of CAM_FRONT.
+            frames["ego_T_cam"].append(inverse(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
             if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) <= 0:
                 sys.exit(f"error: {nusc.table_root}: {data['filename']} has a size or focal length of 0 or less: "
@@ -197,8 +236,7 @@ def read_scene(nusc, scene, image_size):
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
             paths.append(Path(nusc.dataroot) / data["filename"])
-        frames["token"].append(sample["token"])
-        frames["timestamp"].append(sample["timestamp"])
+        frames["timestamp"].append(timestamp)
         frames["world_T_ego"].append(world_T_ego)
     frames["timestamp"] = torch.tensor(frames["timestamp"])
     frames["world_T_ego"] = torch.stack(frames["world_T_ego"])
@@ -234,8 +272,8 @@ def label_images(paths, segment, membership, segmenter_size, image_size, min_con
 
 if __name__ == "__main__":
     args = parse_args()
-    if min(args.batch_size, args.workers, *args.segmenter_size) < 1:
-        sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1")
+    if min(args.batch_size, args.workers, *args.segmenter_size) < 1 or args.sweeps < 0:
+        sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1, --sweeps at least 0")
     if not 0 <= args.min_confidence <= 1:
         sys.exit(f"error: --min-confidence {args.min_confidence} is no probability: give a number from 0 to 1")
 
@@ -247,15 +285,18 @@ if __name__ == "__main__":
     model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
     meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
                               "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
+                              "sweeps": args.sweeps,
                               "groups": hashlib.sha256(repr((GROUPS, LINE_GAIN)).encode()).hexdigest()[:12]})
 
-    # What there is to do: every scene, but those whose file is there already.
-    todo = [scene for scene in nusc.scene
+    # What there is to do: this process's share of the scenes, but those whose file is there already. (In this order:
+    # what is there changes while the others work.)
+    share = nusc.scene[RANK::RANKS]
+    todo = [scene for scene in share
             if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META,
                                [sample["token"] for sample in key_frames(nusc, scene)],
                                f"delete {folder} or use another --out")]
     if not todo:
-        print(f"{folder} is finished ({len(nusc.scene)} scenes): nothing to do")
+        print(f"{folder} is finished ({len(share)} scenes): nothing to do")
         sys.exit()
 
     # Each worker takes a batch all the way. PyTorch's own threads would only fight with the workers for the cores.
@@ -263,16 +304,17 @@ if __name__ == "__main__":
     label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), membership=membership,
                     segmenter_size=args.segmenter_size, image_size=config.image_size,
                     min_confidence=args.min_confidence)
-    total = sum(scene["nbr_samples"] for scene in todo) * len(CAMERAS)
-    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image") as progress:
+    total = sum(T + args.sweeps * (T - 1) for T in (scene["nbr_samples"] for scene in todo)) * len(CAMERAS)
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image", position=RANK) as progress:
         for scene in todo:
-            frames, paths = read_scene(nusc, scene, config.image_size)
+            frames, paths = read_scene(nusc, scene, config.image_size, args.sweeps)
             labelled = []
             for batch in pool.map(label, [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]):
                 labelled += batch
                 progress.update(len(batch))
             images, labels = zip(*labelled)
-            for key, flat in (("image", images), ("label", labels)):  # (T * 6) -> T x 6
+            images = images[:len(frames["token"]) * len(CAMERAS)]  # of the other views, only the labels are used
+            for key, flat in (("image", images), ("label", labels)):  # (views * 6) -> views x 6
                 frames[key] = [list(flat[i:i + len(CAMERAS)]) for i in range(0, len(flat), len(CAMERAS))]
             save_pt({"meta": meta, **frames}, folder / f"{scene['name']}.pt")
     print(f"wrote {folder}: {len(todo)} scenes")

@@ -63,7 +63,7 @@ def parse_args():
                         help="what the map is compared with: what the scene's cameras agree on, in the style of a map "
                         "or as painted; or the labels of its own frame's cameras, into which it is rendered")
     parser.add_argument("--view-range", type=float, default=math.inf,
-                        help="s; frames within this time of a frame take part in its consensus (0: it alone)")
+                        help="s; views within this time of a frame take part in its consensus (0: it alone)")
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
@@ -84,7 +84,7 @@ def find_slope(frames, index, args):
     ground. Agreement is the share that a marking's votes have in the votes of their cells, on average. Every third
     frame is asked, and every quarter of a degree up to 3 degrees (5%).
     """
-    views = range(0, len(frames.scenes[index]["timestamp"]), 3)
+    views = range(0, len(frames.scenes[index]["token"]), 3)
 
     def agreement(slope):
         votes, _ = cast_votes(frames, index, views, args, slope)
@@ -95,7 +95,7 @@ def find_slope(frames, index, args):
 
 
 def cast_votes(frames, index, views, args, slope=0.0):
-    """Lay the labels of some key frames (`views`) of a scene on the ground, and count.
+    """Lay the labels of some views of a scene (key frames, then those between them) on the ground, and count.
 
     Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
     its y axis, RASTER metres each. For a map of log probabilities, -(votes * map).sum() is the cross-entropy of all
@@ -177,15 +177,15 @@ def join_dashes(row, column, direction, shape, gap, shortest):
 
 
 def consensus(frames, index, config, args):
-    """What the labels of a scene's frames agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
+    """What the labels of a scene's views agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
 
     Cells that no camera has seen are IGNORE. With --target painted, lines stay as wide and as dashed as labelled.
     """
     scene, maps, known = frames.scenes[index], [], {}
     slope = find_slope(frames, index, args) if args.slope else 0.0
     cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
-    for t, world_T_ego in enumerate(scene["world_T_ego"]):
-        away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (T,) microseconds
+    for t, world_T_ego in enumerate(scene["world_T_ego"][:len(scene["token"])]):
+        away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (views,) microseconds
         views = tuple((away <= 1e6 * args.view_range).nonzero().flatten().tolist())
         if views not in known:
             votes, corner = cast_votes(frames, index, views, args, slope)

@@ -164,7 +164,7 @@ def drive(places, hide=(), pitch=0.0):
             cameras.append(np.where(ground & ((t, n) not in hide), painted(x, y), IGNORE))
         labels[t] = torch.from_numpy(np.stack(cameras)).byte()
     scene = {"K": K, "ego_T_cam": ego_T_cam, "world_T_ego": poses,
-             "timestamp": torch.arange(len(places)) * 500_000 + 1_600_000_000_000_000}
+             "timestamp": torch.arange(len(places)) * 500_000 + 1_600_000_000_000_000, "token": list(places)}
     return SimpleNamespace(scenes=[scene], decode=lambda index, t, key: labels[t])
 
 

@@ -259,6 +259,47 @@ def test_a_seed_always_makes_the_same_world(tmp_path):
     assert images and not any(a[name] == c.get(name) for name in images)
 
 
+def test_sweeps_lie_between_the_key_frames(world, tmp_path):
+    """The world with three frames of each camera between two key frames: the devkit follows them in time; the car and
+    the others are where they are then; the key frames are those of the world without."""
+    root, _, renderers, _ = world
+    assert toyworld.build_world(tmp_path / "toy", **SIZE, sweeps=3)
+    images = {name: data for name, data in contents(root).items() if name.endswith(".jpg")}
+    more = {name: data for name, data in contents(tmp_path / "toy").items() if name.endswith(".jpg")}
+    assert images.items() <= more.items() and all(name.startswith("sweeps/CAM_") for name in more.keys() - images.keys())
+    nusc = NuScenes("v1.0-trainval", str(tmp_path / "toy"), verbose=False)
+    assert len(nusc.sample) == 6
+    for scene, camera in [(scene, camera) for scene in nusc.scene for camera in toyworld.CAMERAS]:
+        samples = [sample for *_, sample in key_frames(nusc) if sample["scene_token"] == scene["token"]]
+        chain = [nusc.get("sample_data", samples[0]["data"][camera])]
+        assert chain[0]["prev"] == ""
+        while chain[-1]["next"]:
+            chain.append(nusc.get("sample_data", chain[-1]["next"]))
+            assert chain[-1]["prev"] == chain[-2]["token"]
+        assert [data["is_key_frame"] for data in chain] == [True, *[False] * 3] * 2 + [True]
+        assert [data["token"] for data in chain[::4]] == [sample["data"][camera] for sample in samples]
+        # Of a sweep, the devkit takes the sample for the one that follows: it interpolates from the one before.
+        assert [data["sample_token"] for data in chain] == [samples[k]["token"] for k in (0, 1, 1, 1, 1, 2, 2, 2, 2)]
+        assert all(abs(step - 125_000) <= 2_000 for step in np.diff([data["timestamp"] for data in chain]))
+        for data in chain[5:7]:
+            path, _, K = nusc.get_sample_data(data["token"])
+            assert cv2.imread(path).shape == (288, 512, 3) and K.shape == (3, 3)
+        check_shot(nusc, renderers[scene["name"]], camera, chain[6])
+
+
+def check_shot(nusc, renderer, camera, data):
+    """A sweep's ego pose is the car's at its time, and its picture is what is seen then, not at a key frame."""
+    scene = renderer.scene
+    time = (data["timestamp"] - scene.plan.timestamp) / 1e6
+    pose = nusc.get("ego_pose", data["ego_pose_token"])
+    assert pose["timestamp"] == data["timestamp"]
+    assert np.allclose(pose["translation"][:2], toyworld.ego_pose(scene, time)[0][:2] + scene.map_offset)
+    on_disk = cv2.imread(nusc.get_sample_data_path(data["token"]))[..., ::-1].astype(float)
+    then, before = (np.abs(on_disk - renderer.render(camera, t, [1])[0]).mean() for t in (time, time - 0.25))
+    assert then < 6 and (before > then + 1 or np.allclose(*(toyworld.ego_pose(scene, t)[0] for t in (time, time - 0.25)),
+                                                          atol=0.2))
+
+
 def test_an_existing_folder_is_left_alone(world, capsys):
     root = world[0]
     before = contents(root)

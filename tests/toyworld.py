@@ -27,10 +27,12 @@ algorithm); then the ego car's boot, exposure, noise. All is drawn at 2 x 2 samp
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import shutil
 import sys
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -104,6 +106,7 @@ class Plan:
     frames: int
     key: tuple         # of ints
     timestamp: int     # of the first key frame (microseconds)
+    sweeps: int = 0    # camera frames between two key frames
 
 
 @dataclass
@@ -260,10 +263,22 @@ def ego_pose(scene, time):
     return np.array([x, y, 0.0]), quaternion_from_angles(yaw, pitch, roll)
 
 
+def moments(plan, channel):
+    """The numbers of the frames that a sensor takes: ints are key frames, Fractions lie between (1/2: half way)."""
+    parts = plan.sweeps + 1 if channel in CAMERAS else 1
+    return [Fraction(k, parts) if k % parts else k // parts for k in range((plan.frames - 1) * parts + 1)]
+
+
+def seed_words(frame):
+    """A frame's number as what seeds are made of: ints."""
+    return [frame] if isinstance(frame, int) else [frame.numerator, frame.denominator]
+
+
 def camera_time(scene, frame, camera):
-    """Seconds from the first key frame at which `camera` takes key frame `frame`; LIDAR_TOP's is frame * 0.5."""
-    jitter = np.random.default_rng([*scene.plan.key, 7, frame, list(CAMERAS).index(camera)]).uniform(-1e-3, 1e-3)
-    return round(frame * FRAME_PERIOD + CAMERAS[camera][4] * 1e-3 + jitter, 6)
+    """Seconds from the first key frame at which `camera` takes frame `frame`; LIDAR_TOP's is frame * 0.5."""
+    seed = [*scene.plan.key, 7, *seed_words(frame), list(CAMERAS).index(camera)]
+    jitter = np.random.default_rng(seed).uniform(-1e-3, 1e-3)
+    return round(float(frame) * FRAME_PERIOD + CAMERAS[camera][4] * 1e-3 + jitter, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1121,7 +1136,7 @@ def token(*parts):
     return hashlib.md5("/".join(map(str, parts)).encode()).hexdigest()
 
 
-def plan_scenes(seed, train_scenes, val_scenes, frames):
+def plan_scenes(seed, train_scenes, val_scenes, frames, sweeps=0):
     """The Plans of a world: names from nuScenes' official splits, each scene in a district of its own."""
     from nuscenes.utils.splits import train, val     # here, since it imports the whole devkit
     plans, used = [], {}
@@ -1134,7 +1149,7 @@ def plan_scenes(seed, train_scenes, val_scenes, frames):
             weather = WEATHER_CYCLE[(k + k // len(WEATHER_CYCLE) + split) % len(WEATHER_CYCLE)]
             timestamp = 1_533_151_000_000_000 + len(plans) * 1_000_000_000
             plans.append(Plan(sorted(names)[k * (len(names) // count)], town, weather, origin, frames, (seed, split, k),
-                              timestamp))
+                              timestamp, sweeps))
     return plans
 
 
@@ -1157,37 +1172,40 @@ def write_scene(plan, out):
         tables["sample"].append({"token": samples[frame], "timestamp": lidar_time, "prev": samples[frame - 1],
                                  "next": samples[frame + 1], "scene_token": scene_token})
         for channel in ("LIDAR_TOP", *CAMERAS):
-            time = camera_time(scene, frame, channel) if channel in CAMERAS else frame * FRAME_PERIOD
-            record, pose = describe_shot(scene, frame, channel, time, prefix)
-            tables["sample_data"].append(record)
-            tables["ego_pose"].append(pose)
-            if channel in CAMERAS:
-                image, _ = render_frame(renderer, frame, channel)
-                ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
-                (Path(out) / record["filename"]).write_bytes(jpeg.tobytes())
+            for moment in moments(plan, channel):
+                if frame <= moment < frame + 1:
+                    record, pose = describe_shot(scene, moment, channel, prefix)
+                    tables["sample_data"].append(record)
+                    tables["ego_pose"].append(pose)
+                    if channel in CAMERAS:
+                        image, _ = render_frame(renderer, moment, channel)
+                        ok, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+                        (Path(out) / record["filename"]).write_bytes(jpeg.tobytes())
     return tables, map_layers(scene.district, plan.name)
 
 
 def render_frame(renderer, frame, camera):
-    """Image (288, 512, 3) uint8 RGB, as it is before JPEG, and true labels (288, 512) uint8 of a key frame's camera."""
-    seed = [*renderer.scene.plan.key, 2, frame, list(CAMERAS).index(camera)]
+    """Image (288, 512, 3) uint8 RGB, as it is before JPEG, and true labels (288, 512) uint8 of a camera's frame."""
+    seed = [*renderer.scene.plan.key, 2, *seed_words(frame), list(CAMERAS).index(camera)]
     return renderer.render(camera, camera_time(renderer.scene, frame, camera), seed)
 
 
-def describe_shot(scene, frame, channel, time, prefix):
-    """The sample_data record and the ego_pose record of one sensor at one key frame."""
-    plan = scene.plan
+def describe_shot(scene, frame, channel, prefix):
+    """The sample_data record and the ego_pose record of one sensor's frame. Between two key frames it belongs, as in
+    nuScenes, to the sample of the later one."""
+    plan, taken = scene.plan, moments(scene.plan, channel)
+    is_camera, is_key_frame = channel in CAMERAS, isinstance(frame, int)
+    time = camera_time(scene, frame, channel) if is_camera else frame * FRAME_PERIOD
     microseconds = plan.timestamp + int(round(time * 1e6))
-    is_camera = channel in CAMERAS
-    extension = "jpg" if is_camera else "pcd.bin"
-    tokens = [token(plan.name, channel, k) for k in range(plan.frames)] + [""]
-    record = {"token": tokens[frame], "sample_token": token(plan.name, "sample", frame),
+    extension, folder = "jpg" if is_camera else "pcd.bin", "samples" if is_key_frame else "sweeps"
+    tokens, index = [token(plan.name, channel, k) for k in taken] + [""], taken.index(frame)
+    record = {"token": tokens[index], "sample_token": token(plan.name, "sample", math.ceil(frame)),
               "ego_pose_token": token(plan.name, channel, frame, "pose"),
               "calibrated_sensor_token": token(channel, "calibration"), "timestamp": microseconds,
-              "fileformat": extension, "is_key_frame": True,
+              "fileformat": extension, "is_key_frame": is_key_frame,
               "height": IMAGE_H * is_camera, "width": IMAGE_W * is_camera,
-              "filename": f"samples/{channel}/{prefix}__{channel}__{microseconds}.{extension}",
-              "prev": tokens[frame - 1], "next": tokens[frame + 1]}
+              "filename": f"{folder}/{channel}/{prefix}__{channel}__{microseconds}.{extension}",
+              "prev": tokens[index - 1], "next": tokens[index + 1]}
     translation, rotation = ego_pose(scene, time)
     translation[:2] += scene.map_offset
     pose = {"token": record["ego_pose_token"], "timestamp": microseconds, "rotation": rotation.tolist(),
@@ -1274,10 +1292,10 @@ def in_parallel(function, jobs, processes, label):
         return [result.get() for result in tqdm(pending, desc=label, unit="scene")]
 
 
-def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes=2):
+def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes=2, sweeps=0):
     """Writes the world to the folder `out`. True if it is there now, False if another one is there already."""
     out, arguments = Path(out), {"format": 1, "seed": seed, "train_scenes": train_scenes, "val_scenes": val_scenes,
-                                 "frames": frames}
+                                 "frames": frames, **({"sweeps": sweeps} if sweeps else {})}
     if out.exists():
         note = out / "toyworld.json"
         found = json.loads(note.read_text()) if note.is_file() else None
@@ -1287,9 +1305,10 @@ def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes
         return same
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("v1.0-trainval", "maps/expansion", *(f"samples/{camera}" for camera in CAMERAS)):
+    kinds = ("samples", "sweeps") if sweeps else ("samples",)
+    for folder in ("v1.0-trainval", "maps/expansion", *(f"{kind}/{camera}" for kind in kinds for camera in CAMERAS)):
         (partial / folder).mkdir(parents=True)
-    plans = plan_scenes(seed, train_scenes, val_scenes, frames)
+    plans = plan_scenes(seed, train_scenes, val_scenes, frames, sweeps)
     results = in_parallel(write_scene, [(plan, str(partial)) for plan in plans], processes, "toy world")
     tables = shared_tables(plans)
     for scene_tables, _ in results:
@@ -1306,7 +1325,8 @@ def build_world(out, seed=0, train_scenes=24, val_scenes=6, frames=12, processes
         (partial / "maps" / "expansion" / f"{town}.json").write_text(json.dumps(merged))
     (partial / "toyworld.json").write_text(json.dumps(arguments))
     partial.rename(out)
-    print(f"{out}: {len(plans)} scenes, {len(plans) * frames} key frames, {len(plans) * frames * len(CAMERAS)} images")
+    print(f"{out}: {len(plans)} scenes, {len(plans) * frames} key frames, "
+          f"{sum(record['fileformat'] == 'jpg' for record in tables['sample_data'])} images")
     return True
 
 
@@ -1444,6 +1464,8 @@ def parse_args():
     parser.add_argument("--train-scenes", type=int, default=24, help="scenes of the official train split")
     parser.add_argument("--val-scenes", type=int, default=6, help="scenes of the official val split, elsewhere")
     parser.add_argument("--frames", type=int, default=12, help="key frames a scene, half a second apart")
+    parser.add_argument("--sweeps", type=int, default=0,
+                        help="camera frames between two key frames, not labelled by any map (5: nuScenes' 12 Hz)")
     parser.add_argument("--processes", type=int, default=2, help="scenes rendered at a time")
     parser.add_argument("--train-segmenter", action="store_true",
                         help=f"train and write {SEGMENTER_FOLDER.name} beside this file instead; takes --seed")
@@ -1455,4 +1477,5 @@ if __name__ == "__main__":
     if args.train_segmenter:
         train_segmenter(seed=args.seed)
         sys.exit()
-    sys.exit(not build_world(args.out, args.seed, args.train_scenes, args.val_scenes, args.frames, args.processes))
+    sys.exit(not build_world(args.out, args.seed, args.train_scenes, args.val_scenes, args.frames, args.processes,
+                         args.sweeps))
