@@ -415,7 +415,7 @@ def load_checkpoint(path, remedy, config=None):
 
 
 def initial_model(args, config, path):
-    """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished checkpoint
+    """The network to be trained into `path`, as --init says: from scratch, or with the weights of a finished checkpoint
     of 03 or of a released BEVFormer (.pth). Sets args.init_digest (which weights) and args.seen (their scenes)."""
     model, args.init_digest, args.seen, goes_on = BEVSegmenter(config), None, [], Path(path).exists()
     if args.init == "scratch":
