@@ -526,7 +526,7 @@ def load_pt(path, remedy):
 
 
 def load_artifact(path, remedy, keys=()):
-    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame (or more of them)."""
+    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame (or more)."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
             or any(len(content[key]) < len(content["token"]) for key in keys)):

@@ -266,7 +266,8 @@ def test_sweeps_lie_between_the_key_frames(world, tmp_path):
     assert toyworld.build_world(tmp_path / "toy", **SIZE, sweeps=3)
     images = {name: data for name, data in contents(root).items() if name.endswith(".jpg")}
     more = {name: data for name, data in contents(tmp_path / "toy").items() if name.endswith(".jpg")}
-    assert images.items() <= more.items() and all(name.startswith("sweeps/CAM_") for name in more.keys() - images.keys())
+    assert images.items() <= more.items()
+    assert all(name.startswith("sweeps/CAM_") for name in more.keys() - images.keys())
     nusc = NuScenes("v1.0-trainval", str(tmp_path / "toy"), verbose=False)
     assert len(nusc.sample) == 6
     for scene, camera in [(scene, camera) for scene in nusc.scene for camera in toyworld.CAMERAS]:
