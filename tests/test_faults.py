@@ -1,5 +1,5 @@
-"""Damage by the hundred, seeded: files, tables, maps, images, disks, memory, processes. Each case ends in one clear line
-that names the file, or in the result of the undamaged one. `python tests/test_faults.py` prints how many did which."""
+"""Damage by the hundred, seeded: files, tables, maps, images, disks, memory, processes. Each case ends in one line that
+names the file, or in the result of the undamaged one. `python tests/test_faults.py` prints how many did which."""
 import contextlib
 import importlib
 import io
@@ -86,7 +86,7 @@ def spoilt_bytes(data, rng):
 
 
 def spoilt_table(table, rng, keep=()):
-    """A JSON table, {layer: [records]}, with one record deleted (not in the layers to `keep`), or a field of it deleted,
+    """A JSON table, {layer: [records]}, with a record deleted (not in the layers to `keep`), or a field of it deleted,
     of another type, with a number that is none, or a token of nothing."""
     table = json.loads(json.dumps(table))
     layer = rng.choice(sorted(name for name in table if isinstance(table[name], list) and table[name]))
@@ -138,8 +138,9 @@ def read_weights(out):
     return load_pt(out / "pretrain.pt", "run 03_pretrain.py")
 
 
-@pytest.mark.parametrize("name, read, times", [("frames/a.pt", read_frames, 200), ("bev_gt/a.pt", read_frames, 100),
-                                               ("pretrain/a.pt", read_consensus, 100), ("pretrain.pt", read_weights, 150)])
+@pytest.mark.parametrize("name, read, times", [
+    ("frames/a.pt", read_frames, 200), ("bev_gt/a.pt", read_frames, 100), ("pretrain/a.pt", read_consensus, 100),
+    ("pretrain.pt", read_weights, 150)])
 def test_bytes_of_artifacts(out, name, read, times):
     path, rng = out / name, random.Random(name)
     whole, expected = path.read_bytes(), read(out)
@@ -219,7 +220,7 @@ def test_nothing_is_unpickled_otherwise():
 # ---------------------------------------------------------------- images
 
 def test_camera_images(tmp_path):
-    """A JPEG has no checksum: one that decodes to another picture cannot be told from a good one. Nothing else happens."""
+    """A JPEG has no checksum: one that decodes to another picture cannot be told from a good one. No more happens."""
     rng, path = random.Random(1), tmp_path / "camera é.jpg"
     noise = torch.randint(0, 256, (9, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).resize((320, 180)).save(path)
@@ -289,7 +290,7 @@ def test_records_of_tables(data, script, monkeypatch):
         changed = [name for name in tables if spoilt[name] != tables[name]]
         for name in changed:
             (root / f"v1.0-trainval/{name}.json").write_text(json.dumps(spoilt[name]))
-        tally(f"records of tables, {script[:2]}", lambda: run_here(script, root, monkeypatch), expected, "v1.0-trainval")
+        tally(f"records of tables, {script[:2]}", lambda: run_here(script, root, monkeypatch), expected, "v1.0-")
         for name in changed:
             (root / f"v1.0-trainval/{name}.json").write_text(json.dumps(tables[name]))
 
@@ -421,8 +422,8 @@ def test_memory_that_runs_out():
         raise error
 
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-                  RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory:"
-                               " you tried to allocate 4000000000 bytes. Error code 12 (Cannot allocate memory)")):
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate "
+                               "memory: you tried to allocate 4000000000 B. Error code 12 (Cannot allocate memory)")):
         tally("memory", lambda: fails(error), None, "out of memory: use a smaller --batch-size or --preset")
     with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
         fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
