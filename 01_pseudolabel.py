@@ -229,10 +229,9 @@ def read_scene(nusc, scene, image_size, sweeps=0):
             sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
             # The car has moved on since the time of the view: that of LIDAR_TOP, or between key frames of CAM_FRONT.
             frames["ego_T_cam"].append(inverse(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
+            if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) < 1:
+                sys.exit(f"error: {nusc.table_root} gives {data['filename']} no size or focal length: unpack it again")
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
-            if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) <= 0:
-                sys.exit(f"error: {nusc.table_root}: {data['filename']} has a size or focal length of 0 or less: "
-                         "unpack the data set's metadata again")
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
             paths.append(Path(nusc.dataroot) / data["filename"])

@@ -54,10 +54,11 @@ MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames c
 HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
 # The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
 SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
+UNPACK = "unpack the data set's metadata again"
 FIELDS = {  # what is read of the records of nuScenes' tables: its type, or how many of what it lists
     "scene": {"name": str, "description": str, "log_token": str, "first_sample_token": str, "nbr_samples": int},
-    "log": {"location": str}, "sample": {"timestamp": int, "next": str},
-    "sample_data": {"filename": str, "width": int, "height": int, "ego_pose_token": str},
+    "sample_data": {"filename": str, "width": int, "height": int, "ego_pose_token": str, "timestamp": int,
+                    "is_key_frame": bool, "next": str}, "log": {"location": str}, "sample": {"timestamp": int, "next": str},
     "ego_pose": {"rotation": (4, float), "translation": (3, float)},
     "calibrated_sensor": {"rotation": (4, float), "translation": (3, float), "camera_intrinsic": (3, (3, float))}}
 
@@ -408,23 +409,20 @@ def open_tables(NuScenes, dataroot, version):
                  "(tests/toyworld.py writes data/toy, version v1.0-trainval)")
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
-        nusc.scene = [look_up(nusc, "scene", scene["token"]) for scene in nusc.scene]
-        if not nusc.scene:
-            raise ValueError("there is no scene")
+        for token in [scene["token"] for scene in nusc.scene] or ["at all"]:
+            look_up(nusc, "scene", token)
         return nusc
     except Exception as error:  # there is nothing that the devkit does not raise on damaged tables
         for path in sorted(folder.glob("*.json")):
-            read_json(path, "unpack the data set's metadata again")  # names the damaged table, if it is one
-        sys.exit(f"error: {folder}: the tables do not fit together ({type(error).__name__}: {error}): "
-                 "unpack the data set's metadata again")
+            read_json(path, UNPACK)  # names the damaged table, if it is one
+        sys.exit(f"error: {folder}: the tables do not fit together ({type(error).__name__}: {error}): {UNPACK}")
 
 
 def is_sound(value, kind):
-    """Whether a value is text (str), a whole number from 0 on (int), a finite number (float) or a list of so many."""
+    """Whether a value is text (str), yes or no (bool), a whole number from 0 on (int), a finite number (float) or a list of so many."""
     if isinstance(kind, tuple):
-        count, inner = kind
-        return (isinstance(value, list) and len(value) == count and all(is_sound(v, inner) for v in value)
-                and (count != 4 or any(value)))  # four numbers are a quaternion: 0 is none
+        return (isinstance(value, list) and len(value) == kind[0] and all(is_sound(v, kind[1]) for v in value)
+                and (kind[0] != 4 or any(value)))  # four numbers are a quaternion: 0 is none
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind and (kind is str or value >= 0)
@@ -436,8 +434,7 @@ def look_up(nusc, table, token):
         record = nusc.get(table, token)
         if all(is_sound(record.get(field), kind) for field, kind in FIELDS[table].items()):
             return record
-    sys.exit(f"error: {nusc.table_root}/{table}.json has no record {token} with a sound {', '.join(FIELDS[table])}: "
-             "unpack the data set's metadata again")
+    sys.exit(f"error: {nusc.table_root}/{table}.json has no record {token} with {', '.join(FIELDS[table])}: {UNPACK}")
 
 
 def key_frames(nusc, scene):
@@ -447,8 +444,7 @@ def key_frames(nusc, scene):
         samples.append(look_up(nusc, "sample", token))
         token = samples[-1]["next"]
     if not samples or len(samples) != scene["nbr_samples"]:
-        sys.exit(f"error: {nusc.table_root}/sample.json: {scene['name']} has {len(samples)} key frames in a row, "
-                 f"{scene['nbr_samples']} in scene.json: unpack the data set's metadata again")
+        sys.exit(f"error: {nusc.table_root}/sample.json: not the key frames that {scene['name']} has: {UNPACK}")
     return samples
 
 
@@ -498,7 +494,7 @@ def whole_file(path):
 
 def save_pt(content, path):
     """Write a .pt, whole or not at all."""
-    buffer = io.BytesIO()  # a disk that is full is no reason that torch.save would tell
+    buffer = io.BytesIO()  # torch.save itself would hide a full disk behind an error of another kind
     torch.save(content, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())

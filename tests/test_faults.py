@@ -1,5 +1,5 @@
-"""Damage by the hundred, seeded: files, tables, maps, images, disks, memory, processes. Each case ends in one clear line
-that names the file, or in the result of the undamaged one. `python tests/test_faults.py` prints how many did which."""
+"""Damage by the hundred, seeded: files, tables, maps, images, disks, memory, processes. Each case ends in one line that
+names the file, or in the result of the undamaged one. `python tests/test_faults.py` prints how many did which."""
 import contextlib
 import importlib
 import io
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from test_reproject import write_scene
 from model import PRESETS, BEVSegmenter
 from reproject import CONSENSUS_FLAGS, Frames, levelled, load_pt, pose_matrix, read_splits, save_json, save_pt, watched
 
-CONFIG = PRESETS["tiny"]
+CONFIG = PRESETS["toy"]
 TALLY = {}  # case -> how many were tried, named, right, altered
 WRONG = (None, 7, -1.5, "text", ["text"], {"text": 7}, math.nan)
 stage_1, stage_2 = importlib.import_module("01_pseudolabel"), importlib.import_module("02_bev_gt")
@@ -86,7 +86,7 @@ def spoilt_bytes(data, rng):
 
 
 def spoilt_table(table, rng, keep=()):
-    """A JSON table, {layer: [records]}, with one record deleted (not in the layers to `keep`), or a field of it deleted,
+    """A JSON table, {layer: [records]}, with a record deleted (not in the layers to `keep`), or a field of it deleted,
     of another type, with a number that is none, or a token of nothing."""
     table = json.loads(json.dumps(table))
     layer = rng.choice(sorted(name for name in table if isinstance(table[name], list) and table[name]))
@@ -138,8 +138,9 @@ def read_weights(out):
     return load_pt(out / "pretrain.pt", "run 03_pretrain.py")
 
 
-@pytest.mark.parametrize("name, read, times", [("frames/a.pt", read_frames, 200), ("bev_gt/a.pt", read_frames, 100),
-                                               ("pretrain/a.pt", read_consensus, 100), ("pretrain.pt", read_weights, 150)])
+@pytest.mark.parametrize("name, read, times", [
+    ("frames/a.pt", read_frames, 200), ("bev_gt/a.pt", read_frames, 100), ("pretrain/a.pt", read_consensus, 100),
+    ("pretrain.pt", read_weights, 150)])
 def test_bytes_of_artifacts(out, name, read, times):
     path, rng = out / name, random.Random(name)
     whole, expected = path.read_bytes(), read(out)
@@ -219,7 +220,7 @@ def test_nothing_is_unpickled_otherwise():
 # ---------------------------------------------------------------- images
 
 def test_camera_images(tmp_path):
-    """A JPEG has no checksum: one that decodes to another picture cannot be told from a good one. Nothing else happens."""
+    """A JPEG has no checksum: one that decodes to another picture cannot be told from a good one. No more happens."""
     rng, path = random.Random(1), tmp_path / "camera é.jpg"
     noise = torch.randint(0, 256, (9, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).resize((320, 180)).save(path)
@@ -260,14 +261,16 @@ def run_here(script, root, monkeypatch, *args):
     blind = torch.nn.Module()
     blind.forward = lambda images: SimpleNamespace(class_queries_logits=torch.zeros(len(images), 2, 14),
                                                    masks_queries_logits=images.mean(1, keepdim=True).repeat(1, 2, 1, 1))
-    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "32", "64", "--device", "cpu"]
+    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "18", "32", "--workers", "1",
+             "--device", "cpu"]
     out = root.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Mask2FormerForUniversalSegmentation, "from_pretrained",
                       lambda *args, **flags: (blind, {"missing_keys": []}))
+        patch.setitem(PRESETS, "toy", replace(CONFIG, image_size=(18, 32)))
         patch.setattr(torch, "set_num_threads", lambda number: None)
-        patch.setattr(sys, "argv", [script, "--dataroot", str(root), "--out", str(out), "--preset", "tiny", *args,
+        patch.setattr(sys, "argv", [script, "--dataroot", str(root), "--out", str(out), "--preset", "toy", *args,
                                     *(small if script.startswith("01") else [])])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -287,7 +290,7 @@ def test_records_of_tables(data, script, monkeypatch):
         changed = [name for name in tables if spoilt[name] != tables[name]]
         for name in changed:
             (root / f"v1.0-trainval/{name}.json").write_text(json.dumps(spoilt[name]))
-        tally(f"records of tables, {script[:2]}", lambda: run_here(script, root, monkeypatch), expected, "v1.0-trainval")
+        tally(f"records of tables, {script[:2]}", lambda: run_here(script, root, monkeypatch), expected, "v1.0-")
         for name in changed:
             (root / f"v1.0-trainval/{name}.json").write_text(json.dumps(tables[name]))
 
@@ -344,3 +347,145 @@ def test_maps(data, tmp_path):
     for text in [whole[:rng.randrange(len(whole))] for _ in range(20)] + ["", "7", "[7]", "[[" * 60000, "\xff"]:
         spoilt.write_text(text, encoding="latin-1")
         tally("whole maps", drawn, expected, str(spoilt))
+
+
+def test_odd_places_change_nothing(data, tmp_path, monkeypatch):
+    """Links for the data set and out/, names beyond ASCII, files from the future: the same result."""
+    root, _ = data
+    for script in ("01_pseudolabel.py", "02_bev_gt.py"):
+        expected = run_here(script, root, monkeypatch)
+        (tmp_path / script / "elsewhere").mkdir(parents=True)
+        (tmp_path / script / "out").symlink_to("elsewhere")
+        (tmp_path / script / "a link é").symlink_to(root)
+        for path in root.rglob("*"):
+            os.utime(path, (time.time() + 1e6,) * 2)
+        link = tmp_path / script / "a link é"
+        tally("links, odd names, future", lambda: run_here(script, link, monkeypatch), expected, "")
+        written = sorted((tmp_path / script / "elsewhere").rglob("*.pt"))
+        for path in written:
+            os.utime(path, (time.time() + 1e6,) * 2)
+        stamps = [path.stat().st_mtime_ns for path in written]
+        with contextlib.suppress(SystemExit):  # finished: nothing to do
+            run_here(script, root, monkeypatch, "--out", str(tmp_path / script / "out"))
+        assert len(stamps) == 2 and stamps == [path.stat().st_mtime_ns for path in written]
+
+
+# ---------------------------------------------------------------- disk, memory, processes
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file may grow beyond `size` bytes: the write that would gets an OSError, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name, save", [("x.pt", save_pt), ("x.json", save_json)])
+def test_full_disks(tmp_path, name, save):
+    """The old file stays, whole, and no other."""
+    old, new, path, rng = {"a": 1}, {"b": list(range(9000))}, tmp_path / name, random.Random(3)
+    save(new, path)
+    size = path.stat().st_size
+    save(old, path)
+    whole = path.read_bytes()
+    for limit in [0, 1, size - 1, *(rng.randrange(size) for _ in range(30))]:
+        with disk_of(limit):
+            tally("full disks", lambda: save(new, path), 0, f"{name} cannot be written (File too large)")
+        assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+    with disk_of(size):
+        save(new, path)
+
+
+def test_a_full_disk_under_the_stages(data, out, tmp_path, monkeypatch):
+    root, _ = data
+    for script, size in (("01_pseudolabel.py", 9000), ("02_bev_gt.py", 9000), ("02_bev_gt.py", 10)):
+        def full():
+            with disk_of(size):
+                return run_here(script, root, monkeypatch)
+        tally("full disks", full, None, "cannot be written (File too large): make room")
+        assert not [path for path in (root.parent / "out").rglob("*") if path.is_file()]
+    file, loop = tmp_path / "file", tmp_path / "loop"
+    file.write_text("")
+    loop.symlink_to(loop)
+    for place in (file / "out", loop, Path("/proc/nothing")):
+        for script in ("01_pseudolabel.py", "02_bev_gt.py"):
+            tally("folders that take nothing", lambda: run_here(script, root, monkeypatch, "--out", str(place)), None,
+                  "cannot be written")
+
+
+def test_memory_that_runs_out():
+    @watched()
+    def fails(error):
+        raise error
+
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate "
+                               "memory: you tried to allocate 4000000000 B. Error code 12 (Cannot allocate memory)")):
+        tally("memory", lambda: fails(error), None, "out of memory: use a smaller --batch-size or --preset")
+    with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
+        fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+    def real():
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096, before[1]))
+        try:
+            return watched()(torch.zeros)(1 << 32)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+    tally("memory", real, None, "out of memory")
+
+
+def pretrain(out, *args):
+    """Stage 03 on `out` as a process of its own."""
+    command = [sys.executable, ROOT / "03_pretrain.py", "--out", out, "--preset", "toy", "--batch-size", "1", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ends_in_one_line(process):
+    """What sys.exit is told, from outside: the last line of stderr, below the progress bars; no traceback."""
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    sys.exit(re.split(r"[\r\n]+", stderr.strip())[-1])
+
+
+def test_a_worker_that_is_killed(out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    process = pretrain(tmp_path / "out", "--steps", "5000", "--workers", "1", "--name", "b")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
+        process.kill()
+        pytest.skip("no /proc to find the worker in")
+    while not (pids := children.read_text().split()) and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(int(pids[-1]), signal.SIGKILL)
+    tally("killed worker", lambda: ends_in_one_line(process), None, "a worker that decodes images was stopped")
+
+
+def test_damage_seen_from_outside(out, tmp_path):
+    """Exit code, one line and no traceback, of whole processes."""
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out/frames/a.pt"
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"\xff\xd8\xff") + 300] ^= 1  # a bit of a picture
+    path.write_bytes(whole)
+    tally("stage 03 from outside", lambda: ends_in_one_line(pretrain(tmp_path / "out")), None, "a.pt is damaged")
+    shutil.copytree(out, tmp_path / "full")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "03_pretrain.py", "--out", tmp_path / "full", "--preset", "toy", "--steps", "1",
+         "--name", "b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    tally("stage 03 from outside", lambda: ends_in_one_line(process), None, "b.pt cannot be written (File too large)")
+    assert not [path for path in (tmp_path / "full").rglob("*") if path.name.endswith(".tmp") or path.name == "b.pt"]
+
+
+if __name__ == "__main__":
+    code = pytest.main(["-q", __file__, "-p", "no:cacheprovider"])
+    tables = sys.modules["test_faults"].TALLY
+    print(f"{'case':<28}" + "".join(f"{name:>9}" for name in ("tried", "named", "right", "altered")))
+    for case, counts in tables.items():
+        print(f"{case:<28}" + "".join(f"{count:>9}" for count in counts.values()))
+    sys.exit(code)

@@ -70,7 +70,7 @@ def test_readme_names_the_tested_commands():
     assert COMMANDS[1] == "python -m pytest -q tests"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(torchrun .*|python )(0|tests/(toyworld|bench))", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"(torchrun .*|python )(0|tests/(toy|bench))", c)])
 def test_readme_commands_are_accepted(command, monkeypatch):
     """Every flag that the README shows exists and takes the value shown."""
     words = shlex.split(re.sub(r"^torchrun --nproc-per-node \d+", "python", command), comments=True)[1:]

@@ -297,8 +297,8 @@ def check_shot(nusc, renderer, camera, data):
     assert np.allclose(pose["translation"][:2], toyworld.ego_pose(scene, time)[0][:2] + scene.map_offset)
     on_disk = cv2.imread(nusc.get_sample_data_path(data["token"]))[..., ::-1].astype(float)
     then, before = (np.abs(on_disk - renderer.render(camera, t, [1])[0]).mean() for t in (time, time - 0.25))
-    assert then < 6 and (before > then + 1 or np.allclose(*(toyworld.ego_pose(scene, t)[0] for t in (time, time - 0.25)),
-                                                          atol=0.2))
+    places = [toyworld.ego_pose(scene, t)[0] for t in (time, time - 0.25)]
+    assert then < 6 and (before > then + 1 or np.allclose(*places, atol=0.2))
 
 
 def test_an_existing_folder_is_left_alone(world, capsys):
