@@ -58,7 +58,8 @@ UNPACK = "unpack the data set's metadata again"
 FIELDS = {  # what is read of the records of nuScenes' tables: its type, or how many of what it lists
     "scene": {"name": str, "description": str, "log_token": str, "first_sample_token": str, "nbr_samples": int},
     "sample_data": {"filename": str, "width": int, "height": int, "ego_pose_token": str, "timestamp": int,
-                    "is_key_frame": bool, "next": str}, "log": {"location": str}, "sample": {"timestamp": int, "next": str},
+                    "is_key_frame": bool, "next": str},
+    "log": {"location": str}, "sample": {"timestamp": int, "next": str},
     "ego_pose": {"rotation": (4, float), "translation": (3, float)},
     "calibrated_sensor": {"rotation": (4, float), "translation": (3, float), "camera_intrinsic": (3, (3, float))}}
 
@@ -419,7 +420,8 @@ def open_tables(NuScenes, dataroot, version):
 
 
 def is_sound(value, kind):
-    """Whether a value is text (str), yes or no (bool), a whole number from 0 on (int), a finite number (float) or a list of so many."""
+    """Whether a value is text (str), true or false (bool), a whole number from 0 on (int), a finite number (float) or a
+    list of so many."""
     if isinstance(kind, tuple):
         return (isinstance(value, list) and len(value) == kind[0] and all(is_sound(v, kind[1]) for v in value)
                 and (kind[0] != 4 or any(value)))  # four numbers are a quaternion: 0 is none
