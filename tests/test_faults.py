@@ -99,7 +99,7 @@ def spoilt_table(table, rng, keep=()):
     elif how == "field":
         del record[field]
     elif how == "inside" and isinstance(record[field], list) and record[field]:
-        record[field][rng.randrange(len(record[field]))] = rng.choice(WRONG[2:] if layer == "map" else WRONG[3:])
+        record[field][rng.randrange(len(record[field]))] = rng.choice((None, *WRONG[3:]))
     else:
         wrong = [v for v in WRONG if type(v) is not type(record[field])
                  and not (type(v) in (int, float) and type(record[field]) in (int, float) and math.isfinite(v))]
