@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model import PRESETS, count_overlap, iou, load_checkpoint, step
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, join_ranks, lift,
-                       read_splits, render, save_json, sum_over_ranks, whole_file)
+                       read_splits, render, save_json, sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -79,6 +79,7 @@ def conditions_of(description):
     return found or ["day"]
 
 
+@watched()
 def evaluate(frames, model, config, pictures):
     """Score every key frame and draw some; the scenes are shared out among all processes.
 
