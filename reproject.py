@@ -524,10 +524,12 @@ def load_pt(path, remedy):
 
 
 def load_artifact(path, remedy, keys=()):
-    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame (or more)."""
+    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame; images and
+    maps for these alone, the others perhaps for views between them, too."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
-            or any(len(content[key]) < len(content["token"]) for key in keys)):
+            or any(len(content[key]) < len(content["token"]) for key in keys)
+            or any(len(content[key]) > len(content["token"]) for key in keys if key in ("image", "bev"))):
         sys.exit(f"error: {path} is no file of stage 01 or 02: {remedy}")
     return content
 

@@ -261,8 +261,7 @@ def run_here(script, root, monkeypatch, *args):
     blind = torch.nn.Module()
     blind.forward = lambda images: SimpleNamespace(class_queries_logits=torch.zeros(len(images), 2, 14),
                                                    masks_queries_logits=images.mean(1, keepdim=True).repeat(1, 2, 1, 1))
-    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "18", "32", "--workers", "1",
-             "--device", "cpu"]
+    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "18", "32", "--workers", "1"]
     out = root.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     with monkeypatch.context() as patch:
@@ -462,7 +461,7 @@ def test_a_worker_that_is_killed(out, tmp_path):
         time.sleep(0.1)
     time.sleep(1)
     os.kill(int(pids[-1]), signal.SIGKILL)
-    tally("killed worker", lambda: ends_in_one_line(process), None, "a worker that decodes images was stopped")
+    tally("killed worker", lambda: ends_in_one_line(process), None, "a worker process was stopped")
 
 
 def test_damage_seen_from_outside(out, tmp_path):
