@@ -221,6 +221,26 @@ def test_other_frames_see_what_is_hidden():
     assert (strip(near, 3, frames, x, -5.0) == 3).float().mean() > 0.5  # frames 2 and 4
 
 
+def test_views_between_key_frames_vote():
+    """Key frames see nothing but a lorry; views between them, at quarters of a second, see the road. The maps are
+    still those of the key frames, and --view-range counts for all views."""
+    frames = drive(DRIVE, hide=[(t, n) for t in range(4) for n in range(6)])
+    scene = frames.scenes[0]  # four key frames, then four views that belong between them
+    scene["token"] = scene["token"][:4]
+    scene["timestamp"] = scene["timestamp"][0] + torch.tensor([0, 500, 1000, 1500, 250, 750, 1250, 1400]) * 1000
+    maps = stage.consensus(frames, 0, PRESETS["toy"], flags())
+    assert maps.shape == (4, 200, 100)
+    x = np.arange(8, 17, 0.3)
+    for t in range(4):  # where the car is at a key frame, not at a view
+        assert (strip(maps, t, frames, x, 2.0) == 1).float().mean() > 0.95
+        assert (strip(maps, t, frames, x, -5.0) == 3).float().mean() > 0.95
+    near = stage.consensus(frames, 0, PRESETS["toy"], flags(view_range=0.2))
+    assert (near[:3] == IGNORE).all() and (near[3] != IGNORE).any()  # 100 ms away from the last view
+    for key in ("timestamp", "K", "ego_T_cam", "world_T_ego"):
+        scene[key] = scene[key][:4]
+    assert (stage.consensus(frames, 0, PRESETS["toy"], flags()) == IGNORE).all()
+
+
 def test_a_stop_line_is_no_divider():
     """Straight runs of cells, 4.5 m and 9 m long: the first is shorter than any divider. Kerbs may be of any length."""
     for cells, expected in ((30, 0), (60, 60)):

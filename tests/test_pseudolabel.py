@@ -2,6 +2,7 @@
 import importlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def world(tmp_path_factory):
                               ResNetConfig)
     cwd = tmp_path_factory.mktemp("pseudo labels")
     subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
-                    "--frames", "2"], cwd=cwd, check=True, capture_output=True)
+                    "--frames", "2", "--sweeps", "5"], cwd=cwd, check=True, capture_output=True)
     torch.manual_seed(0)
     backbone = ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1],
                             out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -255,7 +256,125 @@ def test_each_camera_keeps_its_own_time():
     assert torch.allclose(frames["ego_T_cam"][0, 0, :3, 2], axis, atol=1e-6)
 
 
-# ---------------------------------------------------------------- resuming, bad input
+# ---------------------------------------------------------------- images between key frames
+
+def test_sweeps_follow_the_key_frames(world, tmp_path):
+    """With --sweeps 2, the second and the fourth of the five images between the two key frames are views as well, where
+    the tables say that they were taken; nothing else changes, and other sweeps are noticed."""
+    from pyquaternion import Quaternion
+    out = tmp_path / "out"
+    assert run(world, "--sweeps", "2", "--out", out).returncode == 0
+    nusc = stage.open_tables(stage.NuScenes, world / "data/toy", "v1.0-trainval")
+    scene, plain = nusc.scene[0], load_pt(scene_files(world)[0], "")
+    frames = load_pt(out / f"frames/{scene['name']}.pt", "")
+    assert frames.keys() == plain.keys() and frames["token"] == plain["token"]
+    assert len(frames["image"]) == 2 and len(frames["label"]) == 4 and frames["meta"]["source"]["sweeps"] == 2
+    for key in ("timestamp", "K", "ego_T_cam", "world_T_ego"):
+        assert len(frames[key]) == 4 and torch.equal(frames[key][:2], plain[key])
+    assert all(torch.equal(*pair) for t in (0, 1) for pair in zip(frames["label"][t], plain["label"][t]))
+    _, paths = stage.read_scene(nusc, scene, (144, 256), 2)
+    data = nusc.get("sample", frames["token"][0])["data"]
+    for n, camera in enumerate(CAMERAS):
+        chain = [nusc.get("sample_data", data[camera])]
+        while chain[-1]["next"]:
+            chain.append(nusc.get("sample_data", chain[-1]["next"]))
+        for t, record in ((2, chain[2]), (3, chain[4])):
+            assert paths[t * 6 + n] == world / "data/toy" / record["filename"]
+            if camera == "CAM_FRONT":
+                assert frames["timestamp"][t] == record["timestamp"]
+            # The camera's place and axes in the world, by pyquaternion from the tables.
+            ego, mount = (nusc.get(table, record[f"{table}_token"]) for table in ("ego_pose", "calibrated_sensor"))
+            turn = Quaternion(ego["rotation"])
+            world_T_cam = (frames["world_T_ego"][t] @ frames["ego_T_cam"][t, n].double()).numpy()
+            assert np.allclose(world_T_cam[:3, 3], turn.rotate(np.array(mount["translation"])) + ego["translation"],
+                               atol=1e-4)
+            assert np.allclose(world_T_cam[:3, :3], (turn * Quaternion(mount["rotation"])).rotation_matrix, atol=1e-5)
+            assert np.allclose(frames["world_T_ego"][t, 2], [0, 0, 1, ego["translation"][2]])
+    item = Frames(out, [scene["name"]], PRESETS["toy"], history=1)
+    assert len(item) == 2 and item[1]["image"].shape == (2, 6, 3, 144, 256)
+    fails(run(world, "--out", out), scene["name"], "sweeps 2, now 0", "delete", "--out")
+
+
+def test_frames_from_before_sweeps_are_still_good(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    for path in (tmp_path / "out/frames").iterdir():
+        frames = load_pt(path, "")
+        del frames["meta"]["source"]["sweeps"]
+        save_pt(frames, path)
+    assert "nothing to do" in run(world, "--out", tmp_path / "out").stdout
+    fails(run(world, "--sweeps", "1", "--out", tmp_path / "out"), path.parent.name, "sweeps 0, now 1")
+
+
+@pytest.mark.parametrize("there, wanted", [
+    ({1, 2, 3, 4, 5}, {1: [3], 2: [2, 4], 3: [1, 3, 4], 5: [1, 2, 3, 4, 5], 9: [1, 2, 3, 4, 5]}),
+    ({1, 5}, {1: [1], 2: [1, 5], 3: [1, 5]}), (set(), {3: []})])
+def test_views_are_evenly_spread_as_far_as_there_are_images(there, wanted):
+    """Six cameras at 12 Hz, each at its own time; those but the first have all five images between the key frames."""
+    def camera(n):
+        taken = [0, *sorted(there if n == 0 else {1, 2, 3, 4, 5}), 6]
+        return [{"token": f"{n} {k}", "next": f"{n} {after}", "is_key_frame": k in (0, 6), "ego_pose_token": "p",
+                 "timestamp": 10 ** 15 + 83_000 * k + 7_000 * n} for k, after in zip(taken, [*taken[1:], ""])]
+    cameras = [camera(n) for n in range(6)]
+    records = {data["token"]: data for row in cameras for data in row}
+    records["p"] = {"rotation": [1.0, 0.0, 0.0, 0.0], "translation": [3.0, 4.0, 0.0]}
+    nusc = SimpleNamespace(table_root="here", get=lambda table, token: records[token])
+    for sweeps, expected in wanted.items():
+        views = stage.views_between(nusc, [row[0] for row in cameras], [row[-1] for row in cameras], sweeps)
+        assert [time for time, *_ in views] == [10 ** 15 + 83_000 * k for k in expected]
+        assert [data["token"] for *_, (data, *_) in views] == [f"0 {k}" for k in expected]
+        assert all([data["token"][0] for data in row] == list("012345") for *_, row in views)
+        assert len({data["token"] for *_, row in views for data in row}) == 6 * len(expected)
+
+
+def test_damaged_sweeps(world, tmp_path):
+    """An image between key frames that is missing, damaged, or in no table: a line each, and no file."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(world / "data/toy", root)
+    path = sorted(root.glob("sweeps/CAM_BACK/*"))[2]
+    path.write_bytes(path.read_bytes()[:5000])
+    flags = "--dataroot", root, "--out", out, "--sweeps", "1"
+    fails(run(world, *flags), path.name, "damaged", "unpack")
+    path.unlink()
+    fails(run(world, *flags), path.name, "missing", "unpack")
+    assert not list(out.rglob("*.pt"))
+    assert run(world, "--dataroot", root, "--out", out).returncode == 0  # nobody else reads it
+    shutil.rmtree(out)
+    table = root / "v1.0-trainval/sample_data.json"
+    records = [record for record in json.loads(table.read_text()) if record["is_key_frame"]]
+    key_of = {(r["sample_token"], r["filename"].split("/")[1]): r["token"] for r in records}
+    samples = json.loads((root / "v1.0-trainval/sample.json").read_text())
+    after = {sample["token"]: sample["next"] for sample in samples}
+    for r in records:  # as before this world had images between key frames
+        r["next"] = key_of.get((after[r["sample_token"]], r["filename"].split("/")[1]), "")
+    table.write_text(json.dumps(records))
+    fails(run(world, *flags), "sample_data.json", "no images between the key frames", "--sweeps 0")
+    fails(run(world, "--sweeps", "-1", "--out", out), "--sweeps")
+
+
+# ---------------------------------------------------------------- several processes, resuming, bad input
+
+def test_two_ranks_write_what_one_writes(world, tmp_path):
+    """The two scenes, one a process, both at the same time; a third process of three has nothing to do."""
+    def start(rank, ranks):
+        return subprocess.Popen([sys.executable, ROOT / "01_pseudolabel.py", "--out", tmp_path / "out"], cwd=world,
+                                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    both = [start(rank, 2) for rank in range(2)]
+    said = [process.communicate() for process in both]
+    assert all("1 scenes" in stdout for stdout, _ in said), said
+    assert all(process.returncode == 0 for process in both)
+    assert sorted(p.name for p in (tmp_path / "out/frames").iterdir()) == [p.name for p in scene_files(world)]
+    for path in scene_files(world):
+        one, two = (load_pt(p, "") for p in (path, tmp_path / "out/frames" / path.name))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if key in ("image", "label"):
+                assert all(torch.equal(*pair) for rows in zip(value, two[key]) for pair in zip(*rows))
+            else:
+                assert torch.equal(value, two[key]) if torch.is_tensor(value) else value == two[key]
+    assert "0 scenes" in start(2, 3).communicate()[0]
+
+
 
 def test_resumes_by_scene(world, tmp_path):
     """A scene that is missing is made again, the same; the one that is there is not touched; then there is no more."""
