@@ -1,5 +1,5 @@
-"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages, and the
-rasteriser of stage 02 beside the devkit's.
+"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages; stage 01
+beside what the segmenter's model card shows, and the rasteriser of stage 02 beside the devkit's.
 
     python tests/bench_speed.py
     python tests/bench_speed.py --parts encoder --sizes tiny
@@ -10,7 +10,8 @@ float32 they are first seen to give the same result. Memory is the growth of the
 backward pass; on a GPU, what PyTorch has allocated at most. FLOPs are those of matrix products and convolutions.
 
 The last line is JSON: time and memory of our encoder over vis4d's, the worst of the float32 and of the bfloat16 rows
-(null without vis4d); and how many times the devkit's samples a second our rasteriser draws, the worst row.
+(null without vis4d); images a second of stage 01 over those of the model card's way, and how many times the devkit's
+samples a second our rasteriser draws (the worst row), where these parts ran.
 """
 import argparse
 import importlib
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -25,21 +27,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import shapely
 import torch
 from peer import EGO_T_LIDAR, build, forward
+from PIL import Image
 from rig import pose, surround
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from model import PRESETS, BEVSegmenter, Encoder, load_official, run_sequence, segmentation_loss
-from reproject import Linear, keep_freed_memory, key_frames, look_up, world_from_ego
+from reproject import Linear, keep_freed_memory, key_frames, look_up, save_pt, world_from_ego
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("encoder", "scaling", "step", "stages", "bev_gt")
+PARTS = ("encoder", "scaling", "step", "stages", "pseudolabel", "bev_gt")
+SEGMENTER = ROOT / "tests/toy_segmenter"
 SCALING = {"queries": (25, 50, 100), "cameras": (1, 2, 3, 6), "levels": (1, 2, 4), "batch": (1, 2, 4)}
 
 
@@ -464,6 +470,77 @@ def seconds(function):
     return time.perf_counter() - began
 
 
+# ---------------------------------------------------------------- stage 01 beside the model card
+
+def our_labelling(paths, folder, device):
+    """A function that labels images as stage 01 does, with its batches and workers, and writes them to `folder`."""
+    stage = importlib.import_module("01_pseudolabel")
+    sys.argv = sys.argv[:1]  # in this process alone: the flags are those of stage 01, at their defaults
+    args, size = stage.parse_args(), PRESETS["toy"].image_size
+    names = stage.segmenter_config(SEGMENTER)[0].id2label.values()
+    torch.set_num_threads(1)
+    label = partial(stage.label_images, segment=stage.load_segmenter(SEGMENTER, device),
+                    membership=stage.group_labels(list(names)).to(device), segmenter_size=args.segmenter_size,
+                    image_size=size, min_confidence=args.min_confidence)
+
+    def run():
+        batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
+        with ThreadPoolExecutor(args.workers) as pool:
+            save_pt({"labelled": list(pool.map(label, batches))}, Path(folder) / "scene.pt")
+    return run
+
+
+def stock_labelling(paths, folder, device, threads):
+    """The same by what the model card shows, an image at a time, at the same size: the most probable label of each pixel
+    as a PNG, and the image as a JPEG, both of the network's size, in `folder`."""
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+    torch.set_num_threads(threads)
+    (h, w), (height, width) = PRESETS["toy"].image_size, (288, 512)  # of the network's images; as --segmenter-size
+    processor = AutoImageProcessor.from_pretrained(SEGMENTER, size={"height": height, "width": width})
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(SEGMENTER).eval().to(device)
+
+    def run():
+        for path in paths:
+            image = Image.open(path)
+            inputs = processor(images=image, return_tensors="pt").to(device)
+            assert inputs["pixel_values"].shape == (1, 3, height, width)
+            with torch.no_grad():
+                outputs = model(**inputs)
+            label = processor.post_process_semantic_segmentation(outputs, target_sizes=[(h, w)])[0]
+            Image.fromarray(label.to("cpu", torch.uint8).numpy()).save(Path(folder) / f"{path.stem}.png")
+            image.resize((w, h), Image.Resampling.BILINEAR).save(Path(folder) / path.name, quality=95)
+    return run
+
+
+def label_side_by_side(args):
+    """Images a second of both, in turns, on the 48 images of a small embedded world. Returns the median ratio.
+
+    The model card's way has one thread and all cores by turns, as the threads of so small a model wait for each other
+    where the machine has other work: the quicker one counts.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
+                        "--frames", "4"], cwd=folder, check=True, capture_output=True)
+        case = {"folder": folder, "paths": sorted(Path(folder).glob("data/toy/samples/*/*.jpg")), "device": args.device}
+        workers = {"stage 01": Worker(our_labelling, **case)}
+        for threads in sorted({1, cores}):
+            workers[f"model card, {threads} threads"] = Worker(stock_labelling, threads=threads, **case)
+        for i in range(1 + args.runs):
+            for worker in workers.values():
+                worker.time(count=i >= 1)
+        if any([worker.stop().failed for worker in workers.values()]):
+            sys.exit("error: a labelling process failed: see above, or it lacked memory")
+    row("labelling (toy preset and segmenter)", "images a second")
+    row(*["---"] * 2)
+    for name, worker in workers.items():
+        row(name, spread([len(case["paths"]) / seconds for seconds in worker.seconds], digits=1))
+    ours, *stock = (worker.seconds for worker in workers.values())
+    ratios = [min(theirs) / mine for mine, *theirs in zip(ours, *stock)]
+    row("stage 01 over the quicker of the others", spread(ratios))
+    return statistics.median(ratios)
+
+
 if __name__ == "__main__":
     args = parse_args()
     peak = matmul_peak(args.device)
@@ -478,6 +555,9 @@ if __name__ == "__main__":
             function()
     summary = {f"encoder_{what}_ratio{kind}": round(max(pair[i] for pair in pairs), 3) if pairs else None
                for kind, pairs in ratios.items() for i, what in enumerate(("time", "memory"))}
+    if "pseudolabel" in args.parts:
+        print()
+        summary["pseudolabel_speed_ratio"] = round(label_side_by_side(args), 3)
     if "bev_gt" in args.parts:
         print()
         summary["bev_gt_speedup"] = round(min(rasterisers(args)), 1)

@@ -79,7 +79,7 @@ def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
     assert (mine - theirs).norm() < 0.01 * mine.norm()
     for name, value in one["model"].items():
         if "running" in name:
-            assert torch.allclose(value, two["model"][name], rtol=1e-4, atol=1e-6), name
+            assert torch.allclose(value, two["model"][name], rtol=3e-3, atol=1e-4), name
 
 
 def test_parts_of_a_step_add_up(world):
