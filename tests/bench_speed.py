@@ -1,5 +1,5 @@
-"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages; stage 01
-beside what the segmenter's model card shows, and the rasteriser of stage 02 beside the devkit's.
+"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages, stage
+01 beside what the segmenter's model card shows, and the rasteriser of stage 02 beside the devkit's.
 
     python tests/bench_speed.py
     python tests/bench_speed.py --parts encoder --sizes tiny
@@ -491,8 +491,8 @@ def our_labelling(paths, folder, device):
 
 
 def stock_labelling(paths, folder, device, threads):
-    """The same by what the model card shows, an image at a time, at the same size: the most probable label of each pixel
-    as a PNG, and the image as a JPEG, both of the network's size, in `folder`."""
+    """The same by what the model card shows, an image at a time, at the same size: the most probable label of each
+    pixel as a PNG, and the image as a JPEG, both of the network's size, in `folder`."""
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
     torch.set_num_threads(threads)
     (h, w), (height, width) = PRESETS["toy"].image_size, (288, 512)  # of the network's images; as --segmenter-size
