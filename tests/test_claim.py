@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from bench_claim import ABLATIONS, ROWS, command_of, energy, hold_out, interval, table, with_interval
+from bench_claim import ABLATIONS, ROWS, command_of, energy, hold_out, interval, points, table, with_interval
 
 
 def test_interval_is_students():
@@ -13,6 +13,13 @@ def test_interval_is_students():
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
     assert math.isnan(interval([0.3])[1]) and with_interval([0.3]) == "0.300"
     assert with_interval([0.3, 0.3]) == "0.300 ± 0.000"
+
+
+def test_points_are_those_of_the_same_seed():
+    rows = [[{"miou": value} for value in values] for values in ((0.5, 0.7), (0.4, 0.5))]
+    mean, (low, high) = points(*rows)
+    assert mean == 15 and (low, high) == pytest.approx((15 - 63.53, 15 + 63.53), abs=0.01)
+    assert points([], rows[1]) == (None, None) and points(rows[0][:1], rows[1]) == (10.0, None)
 
 
 def test_a_blurred_line_has_less_energy():
