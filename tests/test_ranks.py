@@ -59,8 +59,7 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("03_pretrain.py", ["--target", "rendered"]),
-                                           ("04_finetune.py", ["--init", "scratch"])))
+@pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("04_finetune.py", ["--init", "scratch"])))
 def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
     flags = *flags, "--steps", 8, "--batch-size", 4, "--lr", 2e-5, "--name"
     run(sys.executable, ROOT / script, *flags, "one", cwd=world)
@@ -110,7 +109,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(world):
 def kill_until_done(command, cwd, rng, longest):
     """Start a command again and again, kill it at random moments, the last time let it end. Returns the kills."""
     kills = 0
-    while kills < 3:
+    while kills < 2:
         process = subprocess.Popen([*map(str, command)], cwd=cwd, env=LIGHT, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         try:
@@ -131,7 +130,7 @@ def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
                 "04_finetune.py": ["--steps", 12], "05_eval.py": ["--pictures", 0]}
     kills = {}
     for script, flags in commands.items():
-        kills[script] = kill_until_done([sys.executable, "-c", EAGER, script, *flags], tmp_path, rng, 9)
+        kills[script] = kill_until_done([sys.executable, "-c", EAGER, script, *flags], tmp_path, rng, 8)
         (tmp_path / "whole").mkdir(exist_ok=True)
         run(sys.executable, ROOT / script, *flags, "--out", "whole", cwd=tmp_path)
     print(kills)
