@@ -36,6 +36,7 @@ def supervised(steps, labels=1.0):
 
 
 THIRD = f"supervised 100%, {SUPERVISED // 3} steps"  # about as many seconds as pretraining and fine-tuning take
+MIDDLE = f"pretraining + 50%, {SUPERVISED // 2} steps in all"
 LONG = f"pretraining + 50%, {SUPERVISED} steps in all"  # as many as full supervision
 ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
     "supervised 100%": supervised(SUPERVISED),
@@ -47,6 +48,7 @@ ROWS = {  # name: (stage, flags, the row whose checkpoint it starts from)
     "pretraining + 50%": ("04_finetune.py", ["--labels", 0.5, "--steps", FINETUNE], "pretraining"),
     "pretraining + 10%": ("04_finetune.py", ["--labels", 0.1, "--steps", FINETUNE], "pretraining"),
     "pretraining alone": ("03_pretrain.py", ["--steps", ALONE], None),
+    MIDDLE: ("04_finetune.py", ["--labels", 0.5, "--steps", SUPERVISED // 2 - PRETRAIN], "pretraining"),
     LONG: ("04_finetune.py", ["--labels", 0.5, "--steps", SUPERVISED - PRETRAIN], "pretraining"),
 }
 QUICK = ("supervised 100%", "pretraining alone", "pretraining + 50%", "pretraining + 10%")  # the claim rests on them
@@ -223,7 +225,7 @@ def picture(found, shorter, path):
             (("supervised 50%",), "supervised, 50%", "#56B4E9", "s"),
             (("supervised 10%",), "supervised, 10%", "#999999", "^"),
             (("pretraining", "pretraining alone"), "pretraining alone, no BEV label", "#F0E442", "v"),
-            (("pretraining + 50%", LONG), "pretraining, then 50%", "#D55E00", "s"),
+            (("pretraining + 50%", MIDDLE, LONG), "pretraining, then 50%", "#D55E00", "s"),
             (("pretraining + 10%",), "pretraining, then 10%", "#CC79A7", "^"),
             (("pretraining + 100%",), "pretraining, then 100%", "#009E73", "D")):
         known = [found[row] for row in rows if row in found]
