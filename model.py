@@ -13,7 +13,6 @@ cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h
 """
 import hashlib
 import math
-import os
 import re
 import sys
 import time
@@ -33,7 +32,8 @@ from tqdm import tqdm
 
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm, Grid, Linear,
                        batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
-                       pillars_in_cameras, read_splits, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched)
+                       pillars_in_cameras, read_splits, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched,
+                       whole_file)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -510,7 +510,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
                     loss, parts = loss_of(batch)
                 (loss / args.accumulate).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        if not norm.isfinite():
+        if not (loss.isfinite() and norm.isfinite()):
             sys.exit(f"error: step {i} has loss {loss.item()}, gradient {norm.item()}, samples {data.tokens(batch)}: "
                      f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
         optimizer.step()
@@ -527,9 +527,8 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
 def save_checkpoint(model, optimizer, args, curve, path):
     """Write a checkpoint and keep the one before it as <name>.previous.pt; at any moment one of them is whole."""
     if path.exists():
-        previous = path.with_suffix(".previous.pt")
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
+        with whole_file(path.with_suffix(".previous.pt")) as file:
+            file.write(path.read_bytes())
     save_pt({"model": model.state_dict(), "config": asdict(model.config), "args": vars(args), "step": len(curve),
              "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "curve": curve}, path)
 

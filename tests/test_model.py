@@ -513,6 +513,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
         train(tmp_path / "whole.pt", 8)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    args = argparse.Namespace(steps=9, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
+                              checkpointing=False)
+    model, data, losses = BEVSegmenter(SMALL), Pictures(), []
+    data.tokens = lambda batch: ["one", "two"]
+
+    def loss_fn(batch):
+        losses.append(run_sequence(model, batch)[0].square().mean() * (math.nan if len(losses) == 3 else 1))
+        return losses[-1], {"loss": losses[-1]}
+
+    with pytest.raises(SystemExit, match=r"step 3 has loss nan, gradient nan, samples \['one', 'two'\]: use a smaller"):
+        fit(model, data, loss_fn, args, tmp_path / "a.pt", minutes=0)
+    kept = [load_checkpoint(tmp_path / name, "")[0] for name in ("a.pt", "a.previous.pt")]
+    assert [checkpoint["step"] for checkpoint in kept] == [3, 2]
+    assert all(value.isfinite().all() for checkpoint in kept for value in checkpoint["model"].values())
+    assert kept[0]["curve"] == [{"loss": pytest.approx(loss.item())} for loss in losses[:3]]
+
+
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
     train(tmp_path / "a.pt", 1)
     _, model = load_checkpoint(tmp_path / "a.pt", "", SMALL)
