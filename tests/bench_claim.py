@@ -209,14 +209,15 @@ def table(out, store, rows, extra=()):
 
 
 def picture(found, shorter, path):
-    """mIoU against training seconds: a line a method, a bar a 95% interval."""
+    """mIoU against training seconds: a line a method, a bar a 95% interval, where there are three seeds or more."""
     from matplotlib import pyplot as plt  # comes with nuscenes-devkit
     plt.figure(figsize=(7, 4.2), dpi=120)
 
     def draw(results, label, colour, marker):
-        points = [(statistics.mean(r["seconds"] for r in row), *interval([r["miou"] for r in row])) for row in results]
-        x, y, half = zip(*sorted(points))
-        half = [0 if math.isnan(h) else h for h in half]
+        points = [(statistics.mean(r["seconds"] for r in row), *interval([r["miou"] for r in row]), len(row))
+                  for row in results]
+        x, y, half, seeds = zip(*sorted(points))
+        half = [h if n > 2 else 0 for h, n in zip(half, seeds)]
         plt.errorbar(x, y, half, color=colour, marker=marker, capsize=3, label=label)
 
     full = [found[row] for row in (THIRD, "supervised 100%") if row in found]
