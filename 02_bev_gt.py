@@ -158,10 +158,11 @@ def rasterise(road_map, world_T_ego, grid, line_width):
 
 
 def rasterise_scene(road_map, config, scene):
-    """The content of a scene's file but for its meta. scene: (name, tokens [T], world_T_ego (T, 4, 4))."""
+    """The content of a scene's file but for its meta. scene: (name, tokens [T], world_T_ego (T, 4, 4)). The maps are a
+    numpy array, as tensors would come from a worker through shared memory, of which there may be little."""
     name, tokens, poses = scene
     bev = [rasterise(road_map, world_T_ego, config.grid, config.line_width) for world_T_ego in poses]
-    return {"scene": name, "token": tokens, "bev": torch.from_numpy(np.stack(bev))}
+    return {"scene": name, "token": tokens, "bev": np.stack(bev)}
 
 
 def official_splits(scenes, version):
@@ -244,7 +245,8 @@ if __name__ == "__main__":
             road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
             draw = partial(rasterise_scene, road_map, config)
             for content in torch.utils.data.DataLoader(scenes, None, num_workers=args.workers, collate_fn=draw):
-                save_pt({"meta": metas[location], **content}, folder / f"{content['scene']}.pt")
+                content |= {"meta": metas[location], "bev": torch.from_numpy(content["bev"])}
+                save_pt(content, folder / f"{content['scene']}.pt")
                 progress.update()
     if RANK:
         sys.exit()

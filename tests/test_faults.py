@@ -270,7 +270,7 @@ def run_here(script, root, monkeypatch, *args):
         patch.setitem(PRESETS, "toy", replace(CONFIG, image_size=(18, 32)))
         patch.setattr(torch, "set_num_threads", lambda number: None)
         patch.setattr(sys, "argv", [script, "--dataroot", str(root), "--out", str(out), "--preset", "toy", *args,
-                                    *(small if script.startswith("01") else [])])
+                                    *(small if script.startswith("01") else ["--workers", "0"])])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         finally:
@@ -457,10 +457,12 @@ def test_a_worker_that_is_killed(out, tmp_path):
     if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
         process.kill()
         pytest.skip("no /proc to find the worker in")
-    while not (pids := children.read_text().split()) and process.poll() is None:
-        time.sleep(0.1)
-    time.sleep(1)
-    os.kill(int(pids[-1]), signal.SIGKILL)
+    own, workers = Path(f"/proc/{process.pid}/cmdline").read_bytes(), []
+    while not workers and process.poll() is None:  # a worker is a fork; what imports start for a moment is not
+        time.sleep(1)
+        workers = [pid for pid in children.read_text().split()
+                   if Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() == own]
+    os.kill(int(workers[-1]), signal.SIGKILL)
     tally("killed worker", lambda: ends_in_one_line(process), None, "a worker process was stopped")
 
 
