@@ -234,9 +234,11 @@ def test_each_camera_keeps_its_own_time():
     forward = [0.5, -0.5, 0.5, -0.5]  # camera z along ego x, camera x to the right
     records = {"sample": {"s": {"token": "s", "timestamp": 1, "next": "", "data": {
                    "LIDAR_TOP": "lidar", **{camera: "camera" for camera in CAMERAS}}}},
-               "sample_data": {"lidar": {"ego_pose_token": "now", "filename": "x.bin", "width": 0, "height": 0},
+               "sample_data": {"lidar": {"ego_pose_token": "now", "filename": "x.bin", "width": 0, "height": 0,
+                                         "timestamp": 1, "is_key_frame": True, "next": ""},
                                "camera": {"ego_pose_token": "then", "calibrated_sensor_token": "c", "filename": "x.jpg",
-                                          "width": 1600, "height": 900}},
+                                          "width": 1600, "height": 900, "timestamp": 1, "is_key_frame": True,
+                                          "next": ""}},
                "ego_pose": {"now": {"rotation": tilted, "translation": [500.0, 1000.0, 0.0]},
                             "then": {"rotation": tilted, "translation": [500.0, 999.6, 0.0]}},
                "calibrated_sensor": {"c": {"rotation": forward, "translation": [1.5, 0.2, 1.6],
@@ -314,6 +316,7 @@ def test_views_are_evenly_spread_as_far_as_there_are_images(there, wanted):
     def camera(n):
         taken = [0, *sorted(there if n == 0 else {1, 2, 3, 4, 5}), 6]
         return [{"token": f"{n} {k}", "next": f"{n} {after}", "is_key_frame": k in (0, 6), "ego_pose_token": "p",
+                 "filename": "x.jpg", "width": 1600, "height": 900,
                  "timestamp": 10 ** 15 + 83_000 * k + 7_000 * n} for k, after in zip(taken, [*taken[1:], ""])]
     cameras = [camera(n) for n in range(6)]
     records = {data["token"]: data for row in cameras for data in row}
