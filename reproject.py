@@ -17,6 +17,7 @@ BEV grid from one ego frame to another. `deformable_attention` reads feature map
 is the data set that stages 03 to 05 read. At the end stands what the training stages share besides the network: the
 order of the samples, the learning rate, the check of flags.
 """
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -74,6 +75,7 @@ def join_ranks():
     """Meet the other processes that torchrun has started, if there are any; stages 03 to 05 do so first."""
     if RANKS > 1:
         torch.distributed.init_process_group("nccl" if DEVICE.startswith("cuda") else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)  # or the one that ends last finds lines cut and aborts
 
 
 def sum_over_ranks(x):
