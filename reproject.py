@@ -581,8 +581,7 @@ def is_finished(path, meta, keys, tokens, remedy):
         return False
     found = load_artifact(path, "delete it and run again")
     expected = {**meta, **meta["source"], "key frames": tokens}
-    # Frames were made without sweeps before there were any.
-    found = {"sweeps": 0, **found["meta"], **found["meta"]["source"], "key frames": found["token"]}
+    found = {**found["meta"], **found["meta"]["source"], "key frames": found["token"]}
     for key in ("format", "classes", *keys, *meta["source"], "key frames"):
         if found.get(key) != expected[key]:
             change = "" if key == "key frames" else f" {found.get(key)}, now {expected[key]}"
@@ -622,7 +621,7 @@ class Frames(torch.utils.data.Dataset):
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
                 made_with = {**frames["meta"]["source"], **dict(settings)} if learnt else {}
                 for key, value in made_with.items():
-                    if truth["meta"]["source"].get(key, 0) != value:  # 0: sweeps, of which older files know nothing
+                    if truth["meta"]["source"].get(key) != value:
                         sys.exit(f"error: {path} was made with other {key} than the checkpoint or frames/{scene}.pt: "
                                  "delete its folder and its checkpoint, run 03_pretrain.py again")
                 frames["bev"] = truth["bev"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rig import pose, surround
 
+import reproject
 from model import (PRESETS, BEVSegmenter, Config, count_overlap, fit, initial_model, iou, load_checkpoint,
                    load_official, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
@@ -455,6 +456,21 @@ def test_batches_are_a_function_of_the_step():
     assert 5 < sum(batch[0][2] == 2 for batch in whole) < 20 and {back for _, _, back in draws} == {0, 2}
     args.seed = 2
     assert whole != batch_samples(10, args, history=2, start=0)
+
+
+def test_ranks_and_parts_share_the_samples_of_a_step(monkeypatch):
+    args = argparse.Namespace(steps=3, batch_size=12, accumulate=1, seed=1)
+    whole = batch_samples(50, args, history=2, start=0)
+    monkeypatch.setattr(reproject, "RANKS", 2)
+    args.accumulate = 3
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(reproject, "RANK", rank)
+        shares.append(batch_samples(50, args, history=2, start=0))
+    assert all(len(share) == 3 * 3 and {len(part) for part in share} == {2} for share in shares)
+    for step, samples in enumerate(whole):
+        given = [sample for share in shares for part in share[3 * step:3 * step + 3] for sample in part]
+        assert sorted(given) == sorted(samples)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -57,6 +57,7 @@ def test_stages_leave_what_they_promise(world):
     checkpoint = torch.load(out / "finetune.pt", weights_only=True)
     assert {"model", "config", "args", "optimizer", "step", "rng"} <= checkpoint.keys()
     assert checkpoint["step"] == 3 and checkpoint["args"]["scenes"] == splits["train"]
+    assert [set(step) for step in checkpoint["curve"]] == 3 * [{"map", "image"}]
     learnt = torch.load(out / f"pretrain/{splits['train'][0]}.pt", weights_only=True)
     assert learnt["token"] == torch.load(out / f"frames/{splits['train'][0]}.pt", weights_only=True)["token"]
     assert learnt["bev"].shape == (3, 200, 100) and set(learnt["bev"].unique().tolist()) <= {0, 1, 2, 3, 255}

@@ -298,16 +298,6 @@ def test_sweeps_follow_the_key_frames(world, tmp_path):
     fails(run(world, "--out", out), scene["name"], "sweeps 2, now 0", "delete", "--out")
 
 
-def test_frames_from_before_sweeps_are_still_good(world, tmp_path):
-    shutil.copytree(world / "out", tmp_path / "out")
-    for path in (tmp_path / "out/frames").iterdir():
-        frames = load_pt(path, "")
-        del frames["meta"]["source"]["sweeps"]
-        save_pt(frames, path)
-    assert "nothing to do" in run(world, "--out", tmp_path / "out").stdout
-    fails(run(world, "--sweeps", "1", "--out", tmp_path / "out"), path.parent.name, "sweeps 0, now 1")
-
-
 @pytest.mark.parametrize("there, wanted", [
     ({1, 2, 3, 4, 5}, {1: [3], 2: [2, 4], 3: [1, 3, 4], 5: [1, 2, 3, 4, 5], 9: [1, 2, 3, 4, 5]}),
     ({1, 5}, {1: [1], 2: [1, 5], 3: [1, 5]}), ({4, 5}, {1: [4], 2: [4, 5]}), (set(), {3: []})])

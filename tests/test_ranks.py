@@ -1,4 +1,5 @@
 """Two processes under torchrun do what one does; a run that is killed at any moment ends as if it had not been."""
+import importlib
 import json
 import os
 import random
@@ -11,6 +12,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+
+from model import PRESETS
+from reproject import Frames, read_splits
 
 LIGHT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 # A stage as it is, but that it saves after every step instead of every minute.
@@ -72,6 +76,8 @@ def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
         assert mine == pytest.approx(theirs, abs=1e-5)
     if script == "03_pretrain.py":  # a step that looks back is among them
         assert any("temporal" in step for step in one["curve"])
+    else:
+        assert all(set(step) == {"map"} for step in one["curve"])  # the baseline knows no pseudo-label
     # Adam hides a gradient's size from the weights; its running mean does not.
     mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in run["optimizer"]["state"].values()])
                     for run in (one, two))
@@ -102,6 +108,19 @@ def test_scores_do_not_depend_on_the_number_of_processes(world):
             "metrics.json", *(f"sample_{k}.png" for k in range(4))]
         scores.append((world / "out/eval/metrics.json").read_text())
     assert scores[0] == scores[1] and json.loads(scores[0])["num_samples"] == 6
+
+
+def test_processes_share_the_scenes_that_they_score(world, monkeypatch):
+    """Counts, not ratios: IoU would be the same if each process scored everything."""
+    stage = importlib.import_module("05_eval")
+    config = PRESETS["toy"]
+    frames = Frames(world / "out", read_splits(world / "out")["val"], config, bev_gt=True)
+    counts = []
+    for rank, ranks in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setattr(stage, "RANK", rank)
+        monkeypatch.setattr(stage, "RANKS", ranks)
+        counts.append(stage.evaluate(frames, None, config, 0)[0]["all"])
+    assert torch.equal(counts[0], counts[1] + counts[2]) and counts[1].any() and counts[2].any()
 
 
 # ---------------------------------------------------------------- kill -9
