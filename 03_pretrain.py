@@ -15,7 +15,8 @@ Two more losses help: the image features must tell the pseudo-labels as well (th
 for), and the prediction stays the same from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
-Writes out/pretrain.pt (model, config, args, optimizer, step, rng), every minute and at the end;
+Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it
+       out/pretrain.jsonl and out/pretrain.png: the losses, a line a step, and their curve;
        out/pretrain/<scene>.pt {meta, scene, token [T], bev (T, H, W) uint8}: the consensus, laid out like bev_gt
 
     python 03_pretrain.py

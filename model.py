@@ -12,6 +12,7 @@ Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampl
 cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels. Axes: see reproject.py.
 """
 import hashlib
+import json
 import math
 import re
 import sys
@@ -408,6 +409,8 @@ def iou(overlap):
 
 # ---------------------------------------------------------------- training, shared by 03 and 04
 
+LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
+
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""
     checkpoint = load_pt(path, remedy)
@@ -517,11 +520,30 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         curve.append({name: (sum_over_ranks(value.detach()) / RANKS).item() for name, value in parts.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
+            record(curve, args, path)
             save_checkpoint(model, optimizer, args, curve, path)
             saved = time.time()
     seconds = time.time() - began
     print(f"{path}: {args.steps} steps, the last {args.steps - start} in {seconds:.0f} s, of which "
           f"{waited / seconds:.1%} were spent waiting for data")
+
+
+def record(curve, args, path):
+    """Write the losses (curve: a dict a step) beside the checkpoint: <name>.jsonl, a line a step, and <name>.png."""
+    from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second
+    lines = [{"step": i, "lr": learning_rate(i, args.steps, args.lr), **losses} for i, losses in enumerate(curve)]
+    with whole_file(path.with_suffix(".jsonl")) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+    figure = Figure((7, 4), dpi=120, layout="tight")
+    axes, n = figure.subplots(), max(1, len(curve) // 50)  # single steps differ too much to see a trend
+    for name, colour in zip({name: None for losses in curve for name in losses}, LOSS_COLOURS):
+        points = torch.tensor([(i, losses[name]) for i, losses in enumerate(curve) if name in losses])  # (T, 2)
+        axes.plot(*torch.stack([part.mean(0) for part in points.split(n)]).T, colour, label=name)
+    axes.set(xlabel="step", ylabel=f"loss, mean of {n} steps", ylim=(0, None), title=path.stem)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path.with_suffix(".png")) as file:
+        figure.savefig(file, format="png")
 
 
 def save_checkpoint(model, optimizer, args, curve, path):

@@ -13,7 +13,7 @@ TOP = {"01_pseudolabel.py", "02_bev_gt.py", "03_pretrain.py", "04_finetune.py", 
        "reproject.py", "requirements.txt", "README.md", "LICENSE", "tests"}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 ALLOWED = {"torch", "torchvision", "nuscenes", "transformers", "numpy", "tqdm", "PIL",  # the seven packages
-           "shapely", "safetensors"}  # come with nuscenes-devkit and transformers
+           "shapely", "matplotlib", "safetensors"}  # come with nuscenes-devkit and transformers
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_model import official_state
 
 from model import PRESETS, BEVSegmenter
-from reproject import CAMERAS, save_pt
+from reproject import CAMERAS, learning_rate, save_pt
 
 
 def run(script, *args, cwd, ok=True):
@@ -58,6 +59,10 @@ def test_stages_leave_what_they_promise(world):
     assert {"model", "config", "args", "optimizer", "step", "rng"} <= checkpoint.keys()
     assert checkpoint["step"] == 3 and checkpoint["args"]["scenes"] == splits["train"]
     assert [set(step) for step in checkpoint["curve"]] == 3 * [{"map", "image"}]
+    lines = [json.loads(line) for line in (out / "finetune.jsonl").read_text().splitlines()]
+    known = [(i, learning_rate(i, 3, 1.5e-3)) for i in range(3)]
+    assert [(line.pop("step"), line.pop("lr")) for line in lines] == known
+    assert lines == checkpoint["curve"] and Image.open(out / "finetune.png").size == (840, 480)
     learnt = torch.load(out / f"pretrain/{splits['train'][0]}.pt", weights_only=True)
     assert learnt["token"] == torch.load(out / f"frames/{splits['train'][0]}.pt", weights_only=True)["token"]
     assert learnt["bev"].shape == (3, 200, 100) and set(learnt["bev"].unique().tolist()) <= {0, 1, 2, 3, 255}
