@@ -107,6 +107,7 @@ def segmenter_config(name):
     return config, digest.hexdigest()[:12]
 
 
+@watched()
 def load_segmenter(name, device):
     """The Mask2Former, as a function: images (B, 3, h, w) uint8 -> class logits (B, Q, L + 1), mask logits (B, Q, ...).
 
