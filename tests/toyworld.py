@@ -1477,5 +1477,7 @@ if __name__ == "__main__":
     if args.train_segmenter:
         train_segmenter(seed=args.seed)
         sys.exit()
+    if min(args.train_scenes, args.val_scenes, args.sweeps) < 0 or min(args.frames, args.processes) < 1:
+        sys.exit("error: --frames and --processes are at least 1, the other numbers at least 0")
     sys.exit(not build_world(args.out, args.seed, args.train_scenes, args.val_scenes, args.frames, args.processes,
                          args.sweeps))
