@@ -6,9 +6,11 @@ perspective mapping.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
 Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
-       over them, ground truth and prediction as maps (the car in the middle, ahead is up)
+       over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up); with --animate
+       out/eval/animation.webp: the median key frame under one checkpoint after the other
 
     python 05_eval.py
+    python 05_eval.py --animate out/pretrain.previous.pt out/pretrain.pt out/finetune.pt
     python 05_eval.py --checkpoint ipm
     python 05_eval.py --checkpoint out/pretrain.pt --split val
 """
@@ -21,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import PRESETS, count_overlap, iou, load_checkpoint, step
+from model import PRESETS, count_confusion, count_overlap, iou, load_checkpoint, step
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, join_ranks, lift,
                        read_splits, render, save_json, sum_over_ranks, watched, whole_file)
 
@@ -30,6 +32,7 @@ CONDITIONS = ("day", "night", "rain")
 # Okabe and Ito's palette, distinguishable by colour-blind readers
 COLOURS = {"divider": (240, 228, 66), "ped_crossing": (86, 180, 233), "boundary": (213, 94, 0)}
 IGNORED, GROUND, INK, PAPER = (110, 110, 110), (45, 45, 45), (20, 20, 20), (255, 255, 255)
+ERRORS = {"hit": (0, 158, 115), "missed": (230, 159, 0), "false": (204, 121, 167)}  # of the same palette
 VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 
 
@@ -41,7 +44,9 @@ def parse_args():
     parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
     parser.add_argument("--split", default="val", choices=sum(SPLITS.values(), ()), help="which scenes")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
-    parser.add_argument("--pictures", type=int, default=3, help="how many samples to draw, spread over the split")
+    parser.add_argument("--pictures", type=int, default=3, help="how many key frames to draw, from best to worst")
+    parser.add_argument("--animate", nargs="+", default=(), metavar="CHECKPOINT",
+                        help="also draw one key frame under each of these checkpoints, as a moving picture")
     return parser.parse_args()
 
 
@@ -58,10 +63,10 @@ def inverse_perspective(frame, grid):
     return scores
 
 
-def predict(frames, model, config):
-    """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of this process's scenes, in order."""
+def predict(frames, model, config, scenes):
+    """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers)."""
     bev = pose = None
-    for index in (i for i, (scene, _) in enumerate(frames.samples) if scene % RANKS == RANK):
+    for index in (i for i, (scene, _) in enumerate(frames.samples) if scene in scenes):
         item = torch.utils.data.default_collate([frames[index]])
         frame = {k: v.to(DEVICE) for k, v in item.items()}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
@@ -80,16 +85,18 @@ def conditions_of(description):
 
 
 @watched()
-def evaluate(frames, model, config, pictures):
-    """Score every key frame and draw some; the scenes are shared out among all processes.
+def evaluate(frames, model, config):
+    """Score every key frame; the scenes are shared out among all processes.
 
-    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)} and this process's contact sheets {number: page}.
+    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}, the cells (classes, classes) of each [ground
+    truth, prediction], and the mIoU of each key frame (frames,).
     """
     distance = config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1)  # (H, W) m
     rings = {f"{near}-{far}": (distance >= near) & (distance < far) for near, far in RANGES}
     overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in ("all", *rings, *CONDITIONS)}
-    drawn, sheets = [round((k + 0.5) * len(frames) / pictures - 0.5) for k in range(pictures)], {}
-    progress = tqdm(predict(frames, model, config), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
+    confusion, quality = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64), torch.zeros(len(frames))
+    own = range(RANK, len(frames.scenes), RANKS)
+    progress = tqdm(predict(frames, model, config, own), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
                     disable=RANK > 0)
     for index, frame, logits in progress:
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
@@ -98,9 +105,31 @@ def evaluate(frames, model, config, pictures):
             overlap[key] += counts
         for key, ring in rings.items():
             overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
-        if index in drawn:
-            sheets[drawn.index(index)] = contact_sheet(frame, logits, config.grid)
-    return {key: sum_over_ranks(counts.to(DEVICE)).cpu() for key, counts in overlap.items()}, sheets
+        confusion += count_confusion(prediction, truth).cpu()
+        quality[index] = quality_of(counts)
+    overlap = {key: sum_over_ranks(counts.to(DEVICE)).cpu() for key, counts in overlap.items()}
+    return overlap, *(sum_over_ranks(counts.to(DEVICE)).cpu() for counts in (confusion, quality))
+
+
+def quality_of(counts):
+    """The mIoU of one key frame from its overlap; 1 where there is nothing and nothing was found."""
+    score = iou(counts)["miou"]
+    return 1.0 if score is None else score
+
+
+def from_best_to_worst(quality, pictures):
+    """Indices of that many key frames: the best, the worst and those at even steps between; of one, the median."""
+    ranked = quality.argsort(descending=True, stable=True).tolist()
+    places = torch.linspace(0, len(ranked) - 1, pictures) if pictures > 1 else torch.tensor([(len(ranked) - 1) / 2])
+    return [ranked[round(place)] for place in places.tolist()[:pictures]]
+
+
+def draw_sheet(frames, model, config, index, title):
+    """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
+    drive = predict(frames, model, config, (frames.samples[index][0],))
+    frame, logits = next((frame, logits) for i, frame, logits in drive if i == index)
+    score = quality_of(count_overlap(logits.argmax(1), frame["bev"]))
+    return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}")
 
 
 def paint(classes, background):
@@ -125,36 +154,60 @@ def camera_block(images, classes):
     return torch.cat((torch.cat(tiles[:3], 1), torch.cat(tiles[3:], 1)), 0)
 
 
-def contact_sheet(frame, logits, grid):
-    """One key frame on one page. frame: a batch of one; logits (1, classes, H, W)."""
+def error_map(prediction, truth):
+    """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8.
+
+    A cell of one class that is taken for another is missed. Background that is known as such stays GROUND.
+    """
+    error = torch.zeros_like(truth, dtype=torch.long)  # 0: GROUND, then as in ERRORS
+    error[(truth > 0) & (prediction == truth)] = 1
+    error[(truth > 0) & (prediction != truth)] = 2
+    error[(truth == 0) & (prediction > 0)] = 3
+    error[truth == IGNORE] = 4
+    return torch.tensor((GROUND, *ERRORS.values(), IGNORED), dtype=torch.uint8)[error.cpu()]
+
+
+def contact_sheet(frame, logits, grid, title="prediction"):
+    """One key frame on one page. frame: a batch of one; logits (1, classes, H, W); title: of the predicted map."""
     label = frame["label"]
     rendered, valid = render(logits, frame["K"], frame["ego_T_cam"], label.shape[-2:], grid)
     predicted = torch.where(valid, rendered.argmax(2), 0)
     blocks = [camera_block(frame["image"][0], label[0]), camera_block(frame["image"][0], predicted[0])]
     height = 2 * blocks[0].shape[0]
-    maps = [paint(classes[0], GROUND) for classes in (frame["bev"], logits.argmax(1))]
+    truth, prediction = frame["bev"][0], logits[0].argmax(0)  # (H, W) each
+    maps = [paint(truth, GROUND), paint(prediction, GROUND), error_map(prediction, truth)]
     maps = [Image.fromarray(m.numpy()).resize((height * m.shape[1] // m.shape[0], height), Image.NEAREST) for m in maps]
     width, bar, gap = blocks[0].shape[1], 24, 8
     page = Image.new("RGB", (width + sum(m.width + gap for m in maps), height + 3 * bar), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     titles = "cameras with pseudo-labels", "cameras with the prediction, rendered"
-    for k, (block, title) in enumerate(zip(blocks, titles)):
-        draw.text((4, 3 + k * (height // 2 + bar)), title, INK, font)
+    for k, (block, above) in enumerate(zip(blocks, titles)):
+        draw.text((4, 3 + k * (height // 2 + bar)), above, INK, font)
         page.paste(Image.fromarray(block.numpy()), (0, bar + k * (height // 2 + bar)))
     left = width + gap
-    for m, title in zip(maps, ("ground truth", "prediction")):
-        draw.text((left, 3), title, INK, font)
+    for m, above in zip(maps, ("ground truth", title, "errors")):
+        draw.text((left, 3), above, INK, font)
         page.paste(m, (left, bar))
         centre = (left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0]),
                   bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0]))
         draw.polygon([(centre[0] + x, centre[1] + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
-    for name, colour in {**COLOURS, "ignored": IGNORED, "car, pointing ahead": PAPER}.items():
+    for name, colour in {**COLOURS, "ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}.items():
         draw.rectangle((x, height + 2 * bar + 6, x + 12, height + 2 * bar + 18), colour, INK)
         draw.text((x + 18, height + 2 * bar + 3), name, INK, font)
         x += 40 + 9 * len(name)
     return page
+
+
+def animate(frames, checkpoints, config, index):
+    """Contact sheets of one key frame under one checkpoint after the other."""
+    pages = []
+    for path in checkpoints:
+        checkpoint, model = load_checkpoint(path, "give checkpoints of 03 or 04 in one architecture", config)
+        title = f"{Path(path).stem[:12]}, step {checkpoint['step']}"
+        pages.append(draw_sheet(frames, model.to(DEVICE).eval(), config, index, title))
+    return pages
 
 
 def print_table(title, overlap):
@@ -166,6 +219,13 @@ def print_table(title, overlap):
             cells = [*score["iou"].values(), score["miou"]]
             print(f"{key + (' m' if '-' in key else ''):>10} "
                   + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in cells))
+
+
+def print_confusion(confusion):
+    """What the cells of each class were taken for, as shares of its cells (classes, classes)."""
+    print(f"{'is':>12}, was taken for " + " ".join(f"{name:>12}" for name in CLASSES))
+    for name, cells in zip(CLASSES, confusion / confusion.sum(1, keepdim=True).clamp(min=1)):
+        print(f"{name:>12}  {'':>15} " + " ".join(f"{share:>12.3f}" for share in cells.tolist()))
 
 
 if __name__ == "__main__":
@@ -189,18 +249,28 @@ if __name__ == "__main__":
     frames = Frames(args.out, scenes, config, bev_gt=True)
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
-    for old in (*folder.glob("sample_*.png"), folder / "metrics.json"):
+    for old in (*folder.glob("sample_*.png"), folder / "metrics.json", folder / "animation.webp"):
         old.unlink(missing_ok=True)
+    args.pictures = min(args.pictures, len(frames))
     with torch.no_grad():
-        overlap, sheets = evaluate(frames, model, config, min(args.pictures, len(frames)))
+        overlap, confusion, quality = evaluate(frames, model, config)
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
-               "by_condition": {key: scores[key] for key in scores if key in CONDITIONS}}
-    for k, sheet in sheets.items():
-        with whole_file(folder / f"sample_{k}.png") as file:
-            sheet.save(file, "PNG")
+               "by_condition": {key: scores[key] for key in scores if key in CONDITIONS},
+               "confusion": confusion.tolist()}
     if RANK == 0:
         save_json(metrics, folder / "metrics.json")
-        print(f"{folder}/metrics.json and {min(args.pictures, len(frames))} pictures written")
+    for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
+        if k % RANKS == RANK:
+            with torch.no_grad(), whole_file(folder / f"sample_{k}.png") as file:
+                draw_sheet(frames, model, config, index, "prediction").save(file, "PNG")
+    if args.animate and RANK == 0:
+        with torch.no_grad(), whole_file(folder / "animation.webp") as file:
+            first, *others = animate(frames, args.animate, config, *from_best_to_worst(quality, 1))
+            shown = [1500] * len(others) + [4000]  # ms
+            first.save(file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, quality=85)
+    if RANK == 0:
+        print(f"{folder}/metrics.json and {args.pictures} pictures written")
         print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)
+        print_confusion(confusion)

@@ -387,12 +387,17 @@ def image_loss(model, label):
     return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, IMAGE_WEIGHTS)
 
 
-def count_overlap(prediction, target):
-    """Intersection and union (2, classes) in cells, int64. prediction, target (..., H, W): class indices, or IGNORE in
-    the target: such cells do not count."""
+def count_confusion(prediction, target):
+    """Cells (classes, classes) int64 of each [target, prediction]. prediction, target (..., H, W): class indices, or
+    IGNORE in the target: such cells do not count."""
     valid = target != IGNORE
     pair = NUM_CLASSES * target[valid].long() + prediction[valid].long()
-    confusion = torch.bincount(pair, minlength=NUM_CLASSES ** 2).view(NUM_CLASSES, NUM_CLASSES)  # [target, prediction]
+    return torch.bincount(pair, minlength=NUM_CLASSES ** 2).view(NUM_CLASSES, NUM_CLASSES)
+
+
+def count_overlap(prediction, target):
+    """Intersection and union (2, classes) in cells, int64; arguments as of count_confusion."""
+    confusion = count_confusion(prediction, target)
     return torch.stack((confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()))
 
 

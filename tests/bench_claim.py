@@ -146,7 +146,7 @@ def sharpness(out, checkpoint):
     frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
     edges, truth_edges, width, truth_width, moved, places, before = 0, 0, 0, 0, 0, 0, None
     with torch.no_grad():
-        for _, frame, logits in stage.predict(frames, model, model.config):
+        for _, frame, logits in stage.predict(frames, model, model.config, range(len(frames.scenes))):
             p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
             edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
             width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()

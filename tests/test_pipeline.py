@@ -38,7 +38,7 @@ def world(tmp_path_factory):
     run("03_pretrain.py", "--steps", 3, cwd=cwd)
     (cwd / "out/hidden").rename(cwd / "out/bev_gt")
     run("04_finetune.py", "--steps", 3, cwd=cwd)
-    run("05_eval.py", "--pictures", 2, cwd=cwd)
+    run("05_eval.py", "--pictures", 2, "--animate", "out/pretrain.pt", "out/finetune.pt", cwd=cwd)
     return cwd
 
 
@@ -70,7 +70,10 @@ def test_stages_leave_what_they_promise(world):
     assert metrics["checkpoint"] == "out/finetune.pt" and metrics["split"] == "val" and metrics["num_samples"] == 3
     assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
     assert set(metrics["by_range"]) == {"0-10", "10-20", "20-30"} and metrics["by_condition"]
-    assert sorted(p.name for p in (out / "eval").iterdir()) == ["metrics.json", "sample_0.png", "sample_1.png"]
+    assert sum(map(sum, metrics["confusion"])) == 3 * 200 * 100
+    assert sorted(p.name for p in (out / "eval").iterdir()) == ["animation.webp", "metrics.json", "sample_0.png",
+                                                                "sample_1.png"]
+    assert Image.open(out / "eval/animation.webp").n_frames == 2
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
 
 

@@ -115,12 +115,15 @@ def test_processes_share_the_scenes_that_they_score(world, monkeypatch):
     stage = importlib.import_module("05_eval")
     config = PRESETS["toy"]
     frames = Frames(world / "out", read_splits(world / "out")["val"], config, bev_gt=True)
-    counts = []
+    counts, quality = [], []
     for rank, ranks in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(stage, "RANK", rank)
         monkeypatch.setattr(stage, "RANKS", ranks)
-        counts.append(stage.evaluate(frames, None, config, 0)[0]["all"])
+        overlap, confusion, miou = stage.evaluate(frames, None, config)
+        assert torch.equal(overlap["all"][0], confusion.diag())
+        counts.append(overlap["all"]), quality.append(miou)
     assert torch.equal(counts[0], counts[1] + counts[2]) and counts[1].any() and counts[2].any()
+    assert torch.equal(quality[0], quality[1] + quality[2]) and quality[1].any() and quality[2].any()
 
 
 # ---------------------------------------------------------------- kill -9

@@ -1,0 +1,40 @@
+"""Stage 05's pictures and tables against hand-made ones."""
+import importlib
+
+import torch
+
+from model import count_confusion, count_overlap
+from reproject import IGNORE
+
+stage = importlib.import_module("05_eval")
+
+
+def test_pictures_go_from_best_to_worst():
+    quality = torch.tensor([0.5, 0.9, 0.1, 0.7, 0.3])
+    assert stage.from_best_to_worst(quality, 3) == [1, 0, 2]
+    assert stage.from_best_to_worst(quality, 1) == [0]
+    assert stage.from_best_to_worst(quality, 5) == [1, 3, 0, 4, 2]
+    assert stage.from_best_to_worst(quality, 0) == []
+
+
+def test_an_empty_frame_is_right_and_a_missed_one_wrong():
+    empty, divider = torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.uint8)
+    assert stage.quality_of(count_overlap(empty, empty)) == 1
+    assert stage.quality_of(count_overlap(empty, divider)) == 0
+
+
+def test_error_map_says_what_was_missed_and_what_is_false():
+    truth = torch.tensor([[0, 1, 1], [2, 0, IGNORE]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 3], [0, 2, 1]])
+    hit, missed, false = stage.ERRORS.values()
+    expected = [[stage.GROUND, hit, missed], [missed, false, stage.IGNORED]]
+    assert stage.error_map(prediction, truth).tolist() == [[list(colour) for colour in row] for row in expected]
+
+
+def test_confusion_has_the_truth_in_its_rows(capsys):
+    truth = torch.tensor([[1, 1, 1, 2, 0, IGNORE]], dtype=torch.uint8)
+    confusion = count_confusion(torch.tensor([[1, 1, 3, 0, 0, 2]]), truth)
+    assert confusion.tolist() == [[1, 0, 0, 0], [0, 2, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    stage.print_confusion(confusion)
+    divider, = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("divider "))
+    assert divider.split()[1:] == ["0.000", "0.667", "0.000", "0.333"]
