@@ -7,11 +7,13 @@ perspective mapping.
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
 Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
        over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up); with --animate
-       out/eval/animation.webp: the median key frame under one checkpoint after the other
+       out/eval/animation.webp: the median key frame under one checkpoint after the other; with --images
+       out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W)} alone
 
     python 05_eval.py
     python 05_eval.py --animate out/pretrain.previous.pt out/pretrain.pt out/finetune.pt
     python 05_eval.py --checkpoint ipm
+    python 05_eval.py --images my_car/images --calibration my_car/rig.json
     python 05_eval.py --checkpoint out/pretrain.pt --split val
 """
 import argparse
@@ -19,13 +21,14 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_confusion, count_overlap, iou, load_checkpoint, step
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, join_ranks, lift,
-                       read_splits, render, save_json, sum_over_ranks, watched, whole_file)
+                       read_json, read_splits, render, save_json, save_pt, sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 CONDITIONS = ("day", "night", "rain")
@@ -33,6 +36,7 @@ CONDITIONS = ("day", "night", "rain")
 COLOURS = {"divider": (240, 228, 66), "ped_crossing": (86, 180, 233), "boundary": (213, 94, 0)}
 IGNORED, GROUND, INK, PAPER = (110, 110, 110), (45, 45, 45), (20, 20, 20), (255, 255, 255)
 ERRORS = {"hit": (0, 158, 115), "missed": (230, 159, 0), "false": (204, 121, 167)}  # of the same palette
+YAWS = (0, -55, 55, 180, 110, -110)  # degrees to the left: where CAMERAS look
 VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 
 
@@ -47,6 +51,8 @@ def parse_args():
     parser.add_argument("--pictures", type=int, default=3, help="how many key frames to draw, from best to worst")
     parser.add_argument("--animate", nargs="+", default=(), metavar="CHECKPOINT",
                         help="also draw one key frame under each of these checkpoints, as a moving picture")
+    parser.add_argument("--images", help="folder with an image of each camera of a rig of one's own: predict, no score")
+    parser.add_argument("--calibration", metavar="FILE.json", help="what these cameras are, see read_rig")
     return parser.parse_args()
 
 
@@ -148,10 +154,12 @@ def overlay(image, classes):
     return ((1 - strength) * image + strength * paint(classes, GROUND).float()).byte()
 
 
-def camera_block(images, classes):
-    """Six overlaid cameras as two rows of three: (2h, 3w, 3) uint8. images (N, 3, h, w), classes (N, h, w)."""
-    tiles = [overlay(images[n], classes[n]) for n in (CAMERAS.index(view) for view in VIEWS)]
-    return torch.cat((torch.cat(tiles[:3], 1), torch.cat(tiles[3:], 1)), 0)
+def camera_block(images, classes, order):
+    """Overlaid cameras in this order, three a row: RGB (rows * h, 3w, 3) uint8, GROUND where no camera is left.
+    images (N, 3, h, w), classes (N, h, w)."""
+    tiles = [overlay(images[n], classes[n]) for n in order]  # (h, w, 3) each
+    tiles += [torch.tensor(GROUND, dtype=torch.uint8).expand_as(tiles[0])] * (-len(tiles) % 3)
+    return torch.cat([torch.cat(tiles[k:k + 3], 1) for k in range(0, len(tiles), 3)], 0)
 
 
 def error_map(prediction, truth):
@@ -168,34 +176,48 @@ def error_map(prediction, truth):
 
 
 def contact_sheet(frame, logits, grid, title="prediction"):
-    """One key frame on one page. frame: a batch of one; logits (1, classes, H, W); title: of the predicted map."""
-    label = frame["label"]
-    rendered, valid = render(logits, frame["K"], frame["ego_T_cam"], label.shape[-2:], grid)
-    predicted = torch.where(valid, rendered.argmax(2), 0)
-    blocks = [camera_block(frame["image"][0], label[0]), camera_block(frame["image"][0], predicted[0])]
-    height = 2 * blocks[0].shape[0]
-    truth, prediction = frame["bev"][0], logits[0].argmax(0)  # (H, W) each
-    maps = [paint(truth, GROUND), paint(prediction, GROUND), error_map(prediction, truth)]
-    maps = [Image.fromarray(m.numpy()).resize((height * m.shape[1] // m.shape[0], height), Image.NEAREST) for m in maps]
-    width, bar, gap = blocks[0].shape[1], 24, 8
-    page = Image.new("RGB", (width + sum(m.width + gap for m in maps), height + 3 * bar), PAPER)
+    """One key frame on one page. frame: a batch of one, without "bev" there is nothing to compare it with;
+    logits (1, classes, H, W); title: of the predicted map."""
+    images, K, ego_T_cam = frame["image"][0], frame["K"], frame["ego_T_cam"]
+    rendered, valid = render(logits, K, ego_T_cam, images.shape[-2:], grid)
+    predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
+    prediction = logits[0].argmax(0)  # (H, W)
+    if "bev" not in frame:
+        blocks = {"cameras with the prediction, rendered": camera_block(images, predicted, range(len(images)))}
+        return page_of(blocks, {title: paint(prediction, GROUND)}, {"car, pointing ahead": PAPER}, grid)
+    order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
+    blocks = {"cameras with pseudo-labels": camera_block(images, frame["label"][0], order),
+              "cameras with the prediction, rendered": camera_block(images, predicted, order)}
+    maps = {"ground truth": paint(truth, GROUND), title: paint(prediction, GROUND),
+            "errors": error_map(prediction, truth)}
+    return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
+
+
+def page_of(blocks, maps, legend, grid):
+    """Blocks of cameras below each other, maps of `grid` to their right, the legend below: a PIL image.
+    blocks, maps: {title: RGB (h, w, 3) uint8}; legend: {name: RGB} beside the classes."""
+    bar, gap, block_h, width = 24, 8, *next(iter(blocks.values())).shape[:2]
+    height = max(len(blocks) * block_h, 400)
+    maps = {title: Image.fromarray(m.numpy()).resize((height * m.shape[1] // m.shape[0], height), Image.NEAREST)
+            for title, m in maps.items()}
+    foot = height + len(blocks) * bar
+    page = Image.new("RGB", (max(width + sum(m.width + gap for m in maps.values()), 700), foot + bar), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    titles = "cameras with pseudo-labels", "cameras with the prediction, rendered"
-    for k, (block, above) in enumerate(zip(blocks, titles)):
-        draw.text((4, 3 + k * (height // 2 + bar)), above, INK, font)
-        page.paste(Image.fromarray(block.numpy()), (0, bar + k * (height // 2 + bar)))
+    for k, (title, block) in enumerate(blocks.items()):
+        draw.text((4, 3 + k * (block_h + bar)), title, INK, font)
+        page.paste(Image.fromarray(block.numpy()), (0, bar + k * (block_h + bar)))
     left = width + gap
-    for m, above in zip(maps, ("ground truth", title, "errors")):
-        draw.text((left, 3), above, INK, font)
+    for title, m in maps.items():
+        draw.text((left, 3), title, INK, font)
         page.paste(m, (left, bar))
         centre = (left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0]),
                   bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0]))
         draw.polygon([(centre[0] + x, centre[1] + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
-    for name, colour in {**COLOURS, "ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}.items():
-        draw.rectangle((x, height + 2 * bar + 6, x + 12, height + 2 * bar + 18), colour, INK)
-        draw.text((x + 18, height + 2 * bar + 3), name, INK, font)
+    for name, colour in {**COLOURS, **legend}.items():
+        draw.rectangle((x, foot + 6, x + 12, foot + 18), colour, INK)
+        draw.text((x + 18, foot + 3), name, INK, font)
         x += 40 + 9 * len(name)
     return page
 
@@ -209,6 +231,61 @@ def animate(frames, checkpoints, config, index):
         pages.append(draw_sheet(frames, model.to(DEVICE).eval(), config, index, title))
     return pages
 
+
+# ---------------------------------------------------------------- cameras of one's own
+
+def read_rig(folder, calibration, config):
+    """One moment of any rig of 1 to 8 cameras, as a frame for the network, without label and bev.
+
+    calibration: a JSON file {image file: {"K": 3 x 3, for the image as it is on disk, "ego_T_cam": 4 x 4}}; ego: x
+    ahead, y left, z up in metres from a point on the ground. Returns the frame, a batch of one, and for each camera the
+    number of the nuScenes camera that looks most nearly its way, whose embedding it is given.
+    """
+    remedy = "give {image file: {\"K\": 3 x 3 numbers, \"ego_T_cam\": 4 x 4}} of 1 to 8 cameras"
+    rig = read_json(calibration, remedy)
+    if not isinstance(rig, dict) or not 1 <= len(rig) <= 8:
+        sys.exit(f"error: {calibration} lists no 1 to 8 cameras: {remedy}")
+    images, K, ego_T_cam = [], [], []
+    for name, camera in rig.items():
+        try:
+            K.append(torch.tensor(camera["K"], dtype=torch.float32))
+            ego_T_cam.append(torch.tensor(camera["ego_T_cam"], dtype=torch.float32))
+            R = ego_T_cam[-1][:3, :3]
+            if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or not K[-1].isfinite().all()
+                    or min(K[-1][0, 0], K[-1][1, 1]) <= 0 or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3)):
+                raise ValueError
+        except (LookupError, TypeError, ValueError, RuntimeError):
+            sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam: {remedy}")
+        try:
+            with Image.open(Path(folder) / name) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            sys.exit(f"error: {Path(folder) / name} cannot be read ({error}): give the images that {calibration} names")
+        h, w = config.image_size
+        K[-1] = torch.tensor((w / image.width, h / image.height, 1))[:, None] * K[-1]  # pixel centres lie at +0.5
+        images.append(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
+    frame = {"image": torch.stack(images), "K": torch.stack(K), "ego_T_cam": torch.stack(ego_T_cam)}
+    ahead, left = frame["ego_T_cam"][:, :2, 2].unbind(1)  # the optical axes on the ground, (N,) each
+    turn = torch.rad2deg(torch.atan2(left, ahead))[:, None] - torch.tensor(YAWS)  # (N, 6)
+    nearest = ((turn + 180) % 360 - 180).abs().argmin(1)  # (N,)
+    return {key: value[None].to(DEVICE) for key, value in frame.items()}, nearest
+
+
+def predict_rig(args, model):
+    """Predict and draw one moment of one's own cameras: out/eval/rig.png and rig.pt."""
+    frame, nearest = read_rig(args.images, args.calibration, model.config)
+    model.camera = torch.nn.Parameter(model.camera[nearest])
+    with torch.no_grad():
+        logits, _ = model(frame["image"], frame["K"], frame["ego_T_cam"])
+    folder = Path(args.out) / "eval"
+    with whole_file(folder / "rig.png") as file:
+        contact_sheet(frame, logits, model.config.grid).save(file, "PNG")
+    save_pt({"bev": logits[0].argmax(0).byte().cpu(), "probability": logits[0].softmax(0).cpu()}, folder / "rig.pt")
+    print(f"{folder}/rig.png and rig.pt written: {len(nearest)} cameras, taken for "
+          + ", ".join(CAMERAS[n] for n in nearest))
+
+
+# ---------------------------------------------------------------- tables
 
 def print_table(title, overlap):
     """The IoU table, a line for the whole split, each range and each condition present."""
@@ -241,6 +318,11 @@ if __name__ == "__main__":
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
         config, seen = model.config, checkpoint["args"].get("seen", [])
         model.to(DEVICE).eval()
+    if (args.images is None) != (args.calibration is None) or (args.images and model is None):
+        sys.exit("error: --images and --calibration go together, and with a checkpoint: give both, or neither")
+    if args.images:
+        predict_rig(args, model)
+        sys.exit()
     scenes = read_splits(args.out, args.split)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")

@@ -1,0 +1,104 @@
+"""A rig of one's own through stage 05, against the network fed by hand."""
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from rig import camera, intrinsics, surround
+
+from model import PRESETS, BEVSegmenter
+from reproject import CAMERAS, save_pt
+
+CONFIG = PRESETS["toy"]
+H, W = CONFIG.image_size
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A random network, and the folder where its checkpoint lies."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("rig"), BEVSegmenter(CONFIG).eval()
+    save_pt({"model": model.state_dict(), "config": asdict(CONFIG), "args": {"steps": 1}, "step": 1}, folder / "net.pt")
+    return model, folder
+
+
+def write_rig(folder, images, K, ego_T_cam, order=None):
+    """Images (N, 3, h, w) as PNG files and their calibration, cameras in this order."""
+    rig = {}
+    for n in order or range(len(images)):
+        Image.fromarray(images[n].permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
+        rig[f"{n}.png"] = {"K": K[n].tolist(), "ego_T_cam": ego_T_cam[n].tolist()}
+    (folder / "rig.json").write_text(json.dumps(rig))
+
+
+def run(folder, *flags):
+    """Stage 05 in `folder`; returns the finished process."""
+    command = [sys.executable, ROOT / "05_eval.py", "--checkpoint", "net.pt", *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+RIG = "--images", ".", "--calibration", "rig.json"
+
+
+def test_six_cameras_in_any_order_and_of_twice_the_size(network):
+    """Also: K belongs to the image on disk; every camera gets the embedding of its own direction."""
+    model, folder = network
+    K, ego_T_cam = (x[0] for x in surround())
+    small = torch.randint(0, 256, (6, 3, H // 8, W // 8), dtype=torch.uint8)
+    images = small.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        expected = model(images[None], K[None], ego_T_cam[None])[0][0].softmax(0)
+    write_rig(folder, images, K, ego_T_cam, [3, 1, 5, 0, 2, 4])
+    done = run(folder, *RIG)
+    assert done.returncode == 0, done.stderr
+    assert ", ".join(CAMERAS[n] for n in (3, 1, 5, 0, 2, 4)) in done.stdout
+    found = torch.load(folder / "out/eval/rig.pt", weights_only=True)
+    torch.testing.assert_close(found["probability"], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["bev"].long(), found["probability"].argmax(0))
+
+    double = torch.nn.functional.interpolate(images.float(), scale_factor=2).byte()
+    write_rig(folder, double, torch.tensor([2.0, 2.0, 1.0])[:, None] * K, ego_T_cam)
+    assert run(folder, *RIG).returncode == 0
+    found = torch.load(folder / "out/eval/rig.pt", weights_only=True)["probability"]
+    assert (found - expected).abs().mean() < 0.003 < (expected - expected.flip(-1)).abs().mean()
+
+
+@pytest.mark.parametrize("yaws, names", [
+    ([10], "1 cameras, taken for CAM_FRONT\n"),
+    ([0, 45, 90, 135, 180, -135, -90, -45], "CAM_FRONT, CAM_FRONT_LEFT, CAM_BACK_LEFT, CAM_BACK_LEFT, CAM_BACK, "
+                                            "CAM_BACK_RIGHT, CAM_BACK_RIGHT, CAM_FRONT_RIGHT\n")])
+def test_rigs_of_one_and_of_eight(network, yaws, names):
+    _, folder = network
+    K, ego_T_cam = (x[0] for x in surround(yaws=yaws))
+    write_rig(folder, torch.zeros(len(yaws), 3, 90, 160, dtype=torch.uint8), K, ego_T_cam)
+    done = run(folder, *RIG)
+    assert done.returncode == 0 and done.stdout.endswith(names), done.stderr + done.stdout
+    assert Image.open(folder / "out/eval/rig.png").width >= 700
+
+
+def test_bad_rigs_are_one_line(network, tmp_path):
+    _, folder = network
+    (tmp_path / "net.pt").symlink_to(folder / "net.pt")
+    good = {"K": intrinsics().tolist(), "ego_T_cam": camera().tolist()}
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    for rig, says in (
+            (None, "rig.json is missing"), ("{", "rig.json is damaged"), ({}, "lists no 1 to 8 cameras"),
+            ({str(n): good for n in range(9)}, "lists no 1 to 8 cameras"), ({"a.png": good}, "a.png cannot be read"),
+            ({"broken.png": good}, "broken.png cannot be read"), ({"a.png": {"K": 1}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"K": [[1, 0], [0, 1]]}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"ego_T_cam": torch.ones(4, 4).tolist()}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix")):
+        (tmp_path / "rig.json").unlink(missing_ok=True)
+        if rig is not None:
+            (tmp_path / "rig.json").write_text(rig if isinstance(rig, str) else json.dumps(rig))
+        done = run(tmp_path, *RIG)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and "Traceback" not in done.stderr and last.startswith("error: ") and says in last
+    for flags in (RIG[:2], RIG[2:], (*RIG, "--checkpoint", "ipm")):
+        done = run(tmp_path, *flags)
+        assert done.returncode == 1 and "--images and --calibration go together" in done.stderr
+    assert not (tmp_path / "out").exists()
