@@ -167,7 +167,7 @@ def labels_from_queries(class_logits, mask_logits, membership, segmenter_size, i
     confidence = share.gather(0, label[None])[0]
     contact = F.adaptive_max_pool2d(contact[None].float(), image_size)[0] > 0
     label[contact & (label == CLASSES.index("background"))] = CLASSES.index("boundary")
-    label[(label == len(CLASSES)) | (confidence < min_confidence)] = IGNORE
+    label[(label == len(share) - 1) | (confidence < min_confidence)] = IGNORE
     return label.to(torch.uint8)
 
 
