@@ -11,7 +11,7 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
        out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W)} alone
 
     python 05_eval.py
-    python 05_eval.py --animate out/pretrain.previous.pt out/pretrain.pt out/finetune.pt
+    python 05_eval.py --animate out/pretrain.pt out/finetune.pt
     python 05_eval.py --checkpoint ipm
     python 05_eval.py --images my_car/images --calibration my_car/rig.json
     python 05_eval.py --checkpoint out/pretrain.pt --split val
