@@ -457,9 +457,10 @@ def test_a_worker_that_is_killed(out, tmp_path):
     if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
         process.kill()
         pytest.skip("no /proc to find the worker in")
-    own, workers = Path(f"/proc/{process.pid}/cmdline").read_bytes(), []
+    workers = []
     while not workers and process.poll() is None:  # a worker is a fork; what imports start for a moment is not
         time.sleep(1)
+        own = Path(f"/proc/{process.pid}/cmdline").read_bytes()  # not at once: it is empty while the process starts
         workers = [pid for pid in children.read_text().split()
                    if Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() == own]
     os.kill(int(workers[-1]), signal.SIGKILL)
