@@ -222,14 +222,11 @@ def page_of(blocks, maps, legend, grid):
     return page
 
 
-def animate(frames, checkpoints, config, index):
-    """Contact sheets of one key frame under one checkpoint after the other."""
-    pages = []
-    for path in checkpoints:
-        checkpoint, model = load_checkpoint(path, "give checkpoints of 03 or 04 in one architecture", config)
-        title = f"{Path(path).stem[:12]}, step {checkpoint['step']}"
-        pages.append(draw_sheet(frames, model.to(DEVICE).eval(), config, index, title))
-    return pages
+def animate(frames, names, loaded, config, index):
+    """Contact sheets of one key frame under one checkpoint after the other. names: of the files; loaded: [(checkpoint,
+    network)]."""
+    return [draw_sheet(frames, model.to(DEVICE).eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}")
+            for name, (known, model) in zip(names, loaded)]
 
 
 # ---------------------------------------------------------------- cameras of one's own
@@ -323,6 +320,8 @@ if __name__ == "__main__":
     if args.images:
         predict_rig(args, model)
         sys.exit()
+    remedy = "give checkpoints of 03 or 04 that are all of one architecture"
+    animated = [load_checkpoint(path, remedy, config) for path in args.animate]  # before the minutes of scoring
     scenes = read_splits(args.out, args.split)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
@@ -349,10 +348,11 @@ if __name__ == "__main__":
                 draw_sheet(frames, model, config, index, "prediction").save(file, "PNG")
     if args.animate and RANK == 0:
         with torch.no_grad(), whole_file(folder / "animation.webp") as file:
-            first, *others = animate(frames, args.animate, config, *from_best_to_worst(quality, 1))
+            median, = from_best_to_worst(quality, 1)
+            first, *others = animate(frames, args.animate, animated, config, median)
             shown = [1500] * len(others) + [4000]  # ms
             first.save(file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, quality=85)
     if RANK == 0:
         print(f"{folder}/metrics.json and {args.pictures} pictures written")
-        print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)
         print_confusion(confusion)
+        print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)
