@@ -76,11 +76,16 @@ def read_map(path):
                    for record in table[layer] if record["line_token"] != ""]
         if not np.isfinite(np.array(list(node.values()), float)).all():
             raise ValueError("a node has no place")
-        return {"ped_crossing": shapely.STRtree(shapely.make_valid(polygon["ped_crossing"])),
+        return {"ped_crossing": shapely.STRtree(one_way(polygon["ped_crossing"])),
                 "divider": shapely.STRtree(pieces(divider)),
                 "boundary": shapely.STRtree(pieces(contour(polygon["road_segment"] + polygon["lane"])))}
     except (LookupError, TypeError, ValueError, AttributeError, shapely.errors.ShapelyError) as error:
         sys.exit(f"error: {path} is damaged ({type(error).__name__}: {error}): get {EXPANSION}")
+
+
+def one_way(polygons):
+    """The polygons, every outline running one way and every hole the other; a bow tie becomes two triangles."""
+    return shapely.normalize(shapely.make_valid(polygons))
 
 
 def contour(road):
@@ -111,36 +116,45 @@ def draw_lines(ends, shape, reach):
     """
     first = np.floor(ends.min(1) - reach).astype(int)  # (S, 2): the squares' upper left cells
     n = int(np.max(np.ceil(ends.max(1) + reach) - first, initial=0))
-    a, b = ends[:, 0].T[..., None, None], ends[:, 1].T[..., None, None]  # each (2, S, 1, 1)
-    cell = np.stack(np.broadcast_arrays(first[:, :1, None] + np.arange(n)[:, None], first[:, 1:, None] + np.arange(n)))
-    to_centre, along = cell + 0.5 - a, b - a  # (2, S, n, n), (2, S, 1, 1)
-    share = (to_centre * along).sum(0) / np.maximum((along ** 2).sum(0), 1e-12)  # of the way from a to b
-    offset = to_centre - share.clip(0, 1) * along  # from the nearest point of the piece
-    row, column = cell[:, (offset ** 2).sum(0) <= reach ** 2]
-    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
-    mask = np.zeros(shape, bool)
-    mask[row[inside], column[inside]] = True
-    return mask
+    near = ((first > -n) & (first < shape)).all(1)
+    ends, first = ends[near], first[near]
+    # From here on places are relative to the square, where float32 is exact to a millionth of a cell.
+    a, along = (ends[:, 0] - first).astype(np.float32), (ends[:, 1] - ends[:, 0]).astype(np.float32)  # (S, 2) each
+    centre = np.arange(n, dtype=np.float32) + 0.5
+    x, y = (centre - a[:, :1])[:, :, None], (centre - a[:, 1:])[:, None]  # from a to the centre: (S, n, 1), (S, 1, n)
+    dx, dy = along.T[..., None, None]  # (S, 1, 1) each
+    length2 = np.maximum(dx ** 2 + dy ** 2, 1e-12)
+    share = (x * (dx / length2) + y * (dy / length2)).clip(0, 1)  # (S, n, n), of the way from a to b
+    hit = (x - share * dx) ** 2 + (y - share * dy) ** 2 <= reach ** 2
+    wide = shape[1] + 2 * n  # squares may reach n cells over the rim
+    mask = np.zeros((shape[0] + 2 * n, wide), bool)
+    cell = ((first + n) @ (wide, 1))[:, None, None] + np.add.outer(np.arange(n) * wide, np.arange(n))  # (S, n, n)
+    mask.ravel()[cell[hit]] = True
+    return mask[n:n + shape[0], n:n + shape[1]]
 
 
 def fill_polygons(polygons, shape):
-    """Cells bool whose centre lies inside one of the shapely polygons, whose points are (row, column), in cells."""
-    mask = np.zeros(shape, bool)
-    shapely.prepare(polygons)  # ten times as fast
-    for polygon in polygons:
-        top, left = np.floor(polygon.bounds[:2]).astype(int).clip(0)
-        bottom, right = np.ceil(polygon.bounds[2:]).astype(int).clip(0, shape)
-        rows, columns = np.ogrid[top:bottom, left:right]
-        mask[top:bottom, left:right] |= shapely.contains_xy(polygon, *np.broadcast_arrays(rows + 0.5, columns + 0.5))
-    return mask
+    """Cells bool whose centre lies inside one of the shapely polygons, whose points are (row, column), in cells.
+
+    They are from one_way: along a row, each edge that leads into a polygon counts 1, and each that leads out -1.
+    """
+    points, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(polygons)), return_index=True)
+    edges = np.stack((points[:-1], points[1:]), 1)[ring[:-1] == ring[1:]]  # (E, 2, 2)
+    centre = np.arange(shape[0]) + 0.5
+    edge, row = ((edges.min(1)[:, :1] <= centre) & (centre < edges.max(1)[:, :1])).nonzero()  # where an edge cuts a row
+    a, along = edges[edge, 0], edges[edge, 1] - edges[edge, 0]
+    cut = a[:, 1] + (centre[row] - a[:, 0]) * along[:, 1] / along[:, 0]
+    column = np.ceil(cut - 0.5).clip(0, shape[1]).astype(int)  # the first cell whose centre lies beyond the edge
+    windings = np.bincount(row * (shape[1] + 1) + column, np.sign(along[:, 0]), shape[0] * (shape[1] + 1))
+    return windings.reshape(shape[0], -1).astype(np.int8).cumsum(1, dtype=np.int8)[:, :-1] != 0
 
 
 def rasterise(road_map, world_T_ego, grid, line_width):
     """The map around the car: (H, W) uint8 class index a cell. world_T_ego (4, 4) float64, levelled."""
     (behind, ahead), (right, left) = grid.x_range, grid.y_range
     margin, R, t = line_width / 2, world_T_ego[:2, :2].numpy(), world_T_ego[:2, 3].numpy()
-    corners = [(x, y) for x, y in ((ahead, left), (ahead, right), (behind, right), (behind, left))]
-    window = shapely.Polygon(corners @ R.T + t).buffer(margin)
+    corners = [(ahead, left), (ahead, right), (behind, right), (behind, left)] @ R.T + t
+    window = shapely.box(*corners.min(0) - margin, *corners.max(0) + margin)
 
     def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
         return grid.cells((xy_world - t) @ R)  # the inverse of a rotation is its transpose: p @ R

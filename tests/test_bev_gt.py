@@ -18,6 +18,7 @@ from reproject import Grid, levelled, load_pt, pose_matrix
 
 stage = importlib.import_module("02_bev_gt")
 GRID = Grid((-6.0, 6.0), (-4.0, 4.0), 0.5)  # 24 x 16 cells
+HOLE = [(-0.6, -0.6), (0.6, -0.6), (0.6, 0.6), (-0.6, 0.6)]
 HERE = torch.eye(4, dtype=torch.float64)
 EMPTY = {"version": "1.3", "node": [], "line": [], "polygon": [], "lane_divider": [], "road_divider": [],
          "ped_crossing": [], "road_segment": [], "lane": []}
@@ -25,7 +26,7 @@ EMPTY = {"version": "1.3", "node": [], "line": [], "polygon": [], "lane_divider"
 
 def road_map(divider=(), boundary=(), ped_crossing=()):
     return {"divider": shapely.STRtree(stage.pieces(divider)), "boundary": shapely.STRtree(stage.pieces(boundary)),
-            "ped_crossing": shapely.STRtree([shapely.Polygon(p) for p in ped_crossing])}
+            "ped_crossing": shapely.STRtree(stage.one_way([shapely.Polygon(p) for p in ped_crossing]))}
 
 
 def pose(x=0.0, y=0.0, degrees=0.0):
@@ -59,10 +60,10 @@ def test_line_ahead():
     assert filled(wide, "divider") == {(row, 7) for row in range(3, 11)} | side  # corners: hypot(.25, .5) = 0.559 m
 
 
-def test_polygon_with_hole():
+@pytest.mark.parametrize("way", [HOLE, HOLE[::-1]])
+def test_polygon_with_hole(way):
     square = [(-2, -2), (2, -2), (2, 2), (-2, 2)]
-    hole = [(-0.6, -0.6), (0.6, -0.6), (0.6, 0.6), (-0.6, 0.6)]
-    tree = {**road_map(), "ped_crossing": shapely.STRtree([shapely.Polygon(square, [hole])])}
+    tree = {**road_map(), "ped_crossing": shapely.STRtree(stage.one_way([shapely.Polygon(square, [way])]))}
     bev = stage.rasterise(tree, HERE, GRID, 0.5)
     rows, columns = range(8, 16), range(4, 12)  # centres within 2 m; the hole takes centres at +-0.25 only
     inside = {(r, c) for r in rows for c in columns} - {(r, c) for r in (11, 12) for c in (7, 8)}
@@ -150,11 +151,14 @@ def test_against_shapely_cell_by_cell():
         to_world = lambda xy: (xy @ world_T_ego[:2, :2].numpy().T + world_T_ego[:2, 3].numpy()).tolist()  # noqa: E731
         lines = [to_world(rng.uniform(-15, 15, (4, 2))) for _ in range(3)]
         edges = [to_world(rng.uniform(-15, 15, (3, 2))) for _ in range(2)]
-        shapes = [to_world(np.array(shapely.MultiPoint(rng.uniform(-9, 9, (6, 2))).convex_hull.exterior.coords))]
+        hulls = [shapely.MultiPoint(rng.uniform(-9, 9, (6, 2))).convex_hull for _ in range(2)]
+        bow_tie = np.array([(-8, 4), (-4, 6), (-4, 4), (-8, 6)]) + rng.uniform(-1, 1, 2)
+        shapes = [to_world(xy) for xy in (*map(shapely.get_coordinates, hulls), bow_tie)]  # these overlap
         centres = np.array(to_world(grid.centres(HERE).numpy().reshape(-1, 2)))
         points = shapely.points(centres)
         expected = np.zeros(len(points), int)
-        expected[shapely.contains(shapely.Polygon(shapes[0]), points)] = 2
+        for shape in shapes:
+            expected[shapely.contains(shapely.make_valid(shapely.Polygon(shape)), points)] = 2
         expected[shapely.distance(shapely.MultiLineString(lines), points) <= width / 2] = 1
         expected[shapely.distance(shapely.MultiLineString(edges), points) <= width / 2] = 3
         bev = stage.rasterise(road_map(lines, edges, shapes), world_T_ego, grid, width)
