@@ -30,8 +30,8 @@ from nuscenes.utils import splits
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, is_finished, key_frames, look_up, make_meta,
-                       open_tables, positive, read_json, save_json, save_pt, watched, world_from_ego)
+from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, is_finished, keep_freed_memory, key_frames, look_up,
+                       make_meta, open_tables, positive, read_json, save_json, save_pt, watched, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
@@ -253,6 +253,7 @@ if __name__ == "__main__":
             todo.setdefault(location, []).append((scene["name"], tokens, poses))
     del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
 
+    keep_freed_memory()
     # Location by location, as joining up its roads takes seconds; for the workers it is milliseconds a frame then.
     with watched(), tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo or RANK > 0) as progress:
         for location, scenes in todo.items():

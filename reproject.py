@@ -760,6 +760,6 @@ def claim(path):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep freed memory: fresh pages for each step's large CPU tensors cost more than the arithmetic."""
+    """Tell glibc to keep freed memory: fresh pages for the large arrays of each step cost more than the arithmetic."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX: none, M_TRIM_THRESHOLD: never
