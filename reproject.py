@@ -28,6 +28,7 @@ import math
 import os
 import random
 import sys
+import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -484,6 +485,9 @@ def whole_file(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            if time.time() - left.stat().st_mtime > 3600:  # the run that wrote it was killed
+                left.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()

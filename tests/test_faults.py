@@ -398,6 +398,17 @@ def test_full_disks(tmp_path, name, save):
         save(new, path)
 
 
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    """The half-written file of a process that was killed goes with the next write; that of one at work stays."""
+    old, new, other = (tmp_path / name for name in (".x.pt.7.tmp", ".x.pt.8.tmp", ".y.pt.7.tmp"))
+    for path in (old, new, other):
+        path.write_text("half of it")
+    for path in (old, other):
+        os.utime(path, (time.time() - 4000,) * 2)
+    save_pt([1], tmp_path / "x.pt")
+    assert sorted(tmp_path.iterdir()) == [new, other, tmp_path / "x.pt"]
+
+
 def test_a_full_disk_under_the_stages(data, out, tmp_path, monkeypatch):
     root, _ = data
     for script, size in (("01_pseudolabel.py", 9000), ("02_bev_gt.py", 9000), ("02_bev_gt.py", 10)):
