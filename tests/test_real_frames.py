@@ -6,6 +6,7 @@ and errs: it misses a good part of both. So alignment is measured in both direct
 mirrored, turned or shifted, which must do much worse. Pictures to look at are left in pytest's temporary folder.
 """
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,55 @@ def test_stages_03_to_05_run_and_overfit(key_frames):
         result = subprocess.run([sys.executable, ROOT / script, "--out", out, *args], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.8  # measured: 0.94
+
+
+def run(script, *args):
+    """A stage's stderr; it must succeed, or stop with one line."""
+    result = subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.returncode, result.stderr.strip()
+
+
+def add_views_between(data):
+    """A copy of the fragment (its images are links) with one more image a camera between the two key frames of
+    scene-0103: that of the first one, half of the way to the second in time. The fragment itself has key frames only."""
+    tables = data / "v1.0-mini"
+    shutil.copytree(FRAGMENT / "v1.0-mini", tables)
+    for name in ("samples", "maps"):
+        (data / name).symlink_to(FRAGMENT / name)
+    records = json.loads((tables / "sample_data.json").read_text())
+    known = {record["token"]: record for record in records}
+    for first in [record for record in records if record["next"] and "CAM" in record["filename"]]:
+        after, token = known[first["next"]], first["token"][::-1]
+        between = {**first, "token": token, "is_key_frame": False, "prev": first["token"], "next": after["token"],
+                   "timestamp": (first["timestamp"] + after["timestamp"]) // 2}
+        first["next"], after["prev"] = token, token
+        records.append(between)
+    (tables / "sample_data.json").write_text(json.dumps(records))
+    assert len(records) == 21 + 6
+
+
+def test_views_between_and_the_geo_split(tmp_path):
+    """Stages 01 to 05 with --sweeps and --split geo: two scenes in two cities, of which one is held out."""
+    data, out = ["--version", "v1.0-mini", "--dataroot"], ["--out", tmp_path / "out"]
+    label = "01_pseudolabel.py", *out, "--segmenter", ROOT / "tests/toy_segmenter", "--sweeps", "1"
+    code, error = run(*label, *data, FRAGMENT)
+    assert code == 1 and error.endswith("sample_data.json has no images between the key frames of scene-0103: "
+                                        "use --sweeps 0")
+    shutil.rmtree(tmp_path / "out")
+    add_views_between(tmp_path)
+    data += [tmp_path]
+    for command in (label + (*data,), ("02_bev_gt.py", *out, *data),
+                    ("03_pretrain.py", *out, "--split", "geo", "--steps", "2"),
+                    ("04_finetune.py", *out, "--split", "geo", "--labels", "1", "--steps", "2"),
+                    ("05_eval.py", *out, "--checkpoint", tmp_path / "out/finetune.pt", "--split", "geo_val")):
+        code, error = run(*command)
+        assert code == 0, error
+    frames = load_pt(tmp_path / "out/frames/scene-0103.pt", "")
+    assert len(frames["token"]) == len(frames["image"]) == 2 and len(frames["label"]) == 3
+    assert frames["timestamp"][2] == 1533151605762404  # half-way between CAM_FRONT's two
+    splits = json.loads((tmp_path / "out/splits.json").read_text())
+    assert [splits[f"geo_{side}"] for side in ("train", "val", "test")] == [["scene-0103"], ["scene-0061"], []]
+    learnt = load_pt(tmp_path / "out/finetune.pt", "")["args"]["seen"]
+    assert learnt == ["scene-0103"]  # nothing of the city that is held out
+    assert json.loads((tmp_path / "out/eval/metrics.json").read_text())["num_samples"] == 1
