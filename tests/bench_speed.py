@@ -1,5 +1,5 @@
-"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages, stage
-01 beside what the segmenter's model card shows, and the rasteriser of stage 02 beside the devkit's.
+"""How fast, and in how much memory: the encoder beside vis4d's, how it grows, a training step, the five stages and
+their memory, stage 01 beside what the segmenter's model card shows, and the rasteriser of stage 02 beside the devkit's.
 
     python tests/bench_speed.py
     python tests/bench_speed.py --parts encoder --sizes tiny
@@ -44,7 +44,7 @@ from model import PRESETS, BEVSegmenter, Encoder, load_official, run_sequence, s
 from reproject import Linear, keep_freed_memory, key_frames, look_up, save_pt, world_from_ego
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("encoder", "scaling", "step", "stages", "pseudolabel", "bev_gt")
+PARTS = ("encoder", "scaling", "step", "stages", "memory", "pseudolabel", "bev_gt")
 SEGMENTER = ROOT / "tests/toy_segmenter"
 SCALING = {"queries": (25, 50, 100), "cameras": (1, 2, 3, 6), "levels": (1, 2, 4), "batch": (1, 2, 4)}
 
@@ -394,6 +394,44 @@ def stages(args):
             row(script, f"{1 / float(rate) if per else float(rate):.2f} {unit}s a second")
 
 
+def anonymous(pid):
+    """Bytes of memory, without mapped files, of a process and its children; Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has just ended
+        return 0
+    return sum(1024 * int(kb) for kb in re.findall(r"RssAnon:\s+(\d+)", status)) + sum(map(anonymous, children))
+
+
+def peak_memory(args):
+    """The most memory of each stage's processes on two worlds, one with four times the scenes of the other, looked at
+    twenty times a second. Files that are mapped do not count: the system takes their pages back when it needs them."""
+    row("stage (toy preset)", "MB, 3 + 1 scenes", "MB, 12 + 4 scenes")
+    row(*["---"] * 3)
+    commands = {"01_pseudolabel.py": ["--segmenter", SEGMENTER], "02_bev_gt.py": [], "03_pretrain.py": ["--steps", 8],
+                "04_finetune.py": ["--steps", 8], "05_eval.py": []}
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = {script: [] for script in commands}
+        for scenes in (1, 4):
+            world = f"{folder}/{scenes}"
+            Path(world).mkdir()
+            subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--frames", "4", "--train-scenes",
+                            str(3 * scenes), "--val-scenes", str(scenes)], cwd=world, check=True, capture_output=True)
+            for script, flags in commands.items():
+                process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], cwd=world,
+                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                peak = 0
+                while process.poll() is None:
+                    peak = max(peak, anonymous(process.pid))
+                    time.sleep(0.05)
+                if process.returncode:
+                    sys.exit(f"error: {script} failed in {world}")
+                peaks[script].append(peak)
+    for script, both in peaks.items():
+        row(script, *(round(peak / 1e6) for peak in both))
+
+
 def rasterisers(args):
     """Samples a second of stage 02's `rasterise` and of the devkit's get_map_mask, in turns: the same map, poses, grids
     and layers, all geometry read before. Returns the speed-up of each row.
@@ -550,7 +588,7 @@ if __name__ == "__main__":
           f"median (lowest .. highest) of {args.runs} runs\n")
     ratios = compare_encoders(args, peak) if "encoder" in args.parts else {"": [], "_bf16": []}
     for part, function in (("scaling", lambda: scaling(args)), ("step", lambda: training_steps(args, peak)),
-                           ("stages", lambda: stages(args))):
+                           ("stages", lambda: stages(args)), ("memory", lambda: peak_memory(args))):
         if part in args.parts:
             print()
             function()

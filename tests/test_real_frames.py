@@ -161,7 +161,7 @@ def run(script, *args):
 
 def add_views_between(data):
     """A copy of the fragment (its images are links) with one more image a camera between the two key frames of
-    scene-0103: that of the first one, half of the way to the second in time. The fragment itself has key frames only."""
+    scene-0103: that of the first one, half of the way to the second in time. The fragment has key frames only."""
     tables = data / "v1.0-mini"
     shutil.copytree(FRAGMENT / "v1.0-mini", tables)
     for name in ("samples", "maps"):
