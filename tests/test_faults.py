@@ -448,6 +448,16 @@ def test_memory_that_runs_out():
     tally("memory", real, None, "out of memory")
 
 
+def test_memory_that_runs_out_while_the_segmenter_loads(monkeypatch):
+    import transformers
+
+    def too_large(*args, **flags):
+        raise MemoryError
+
+    monkeypatch.setattr(transformers.Mask2FormerForUniversalSegmentation, "from_pretrained", too_large)
+    tally("memory", lambda: stage_1.load_segmenter(str(ROOT / "tests/toy_segmenter"), "cpu"), None, "out of memory")
+
+
 def pretrain(out, *args):
     """Stage 03 on `out` as a process of its own."""
     command = [sys.executable, ROOT / "03_pretrain.py", "--out", out, "--preset", "toy", "--batch-size", "1", *args]
