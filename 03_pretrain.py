@@ -17,6 +17,7 @@ for), and the prediction stays the same from one frame to the next.
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it
        out/pretrain.jsonl and out/pretrain.png: the losses, a line a step, and their curve;
+       out/pretrain_sample.png: what the network makes of the first key frame;
        out/pretrain/<scene>.pt {meta, scene, token [T], bev (T, H, W) uint8}: the consensus, laid out like bev_gt
 
     python 03_pretrain.py

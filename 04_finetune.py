@@ -10,7 +10,8 @@ on every machine and with every seed. The checkpoint records which they were.
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init, e.g.
        out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
 Writes out/finetune.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it
-       out/finetune.jsonl and out/finetune.png: the losses, a line a step, and their curve
+       out/finetune.jsonl and out/finetune.png: the losses, a line a step, and their curve;
+       out/finetune_sample.png: what the network makes of the first key frame
 
     python 04_finetune.py
     python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100

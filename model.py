@@ -12,6 +12,7 @@ Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampl
 cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels. Axes: see reproject.py.
 """
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -526,6 +527,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
             record(curve, args, path)
+            draw_sample(model, data, path, i + 1)
             save_checkpoint(model, optimizer, args, curve, path)
             saved = time.time()
     seconds = time.time() - began
@@ -549,6 +551,18 @@ def record(curve, args, path):
     axes.legend()
     with whole_file(path.with_suffix(".png")) as file:
         figure.savefig(file, format="png")
+
+
+def draw_sample(model, data, path, step):
+    """Draw what the network makes of the first sample, as a map and rendered over its cameras: <name>_sample.png."""
+    stage = importlib.import_module("05_eval")  # not at the top, as it imports this file
+    model.eval()
+    with torch.no_grad():
+        _, frame, logits = next(stage.predict(data, model, model.config, (0,)))
+    model.train()
+    frame.pop("bev", None)  # with it the sheet would call the consensus ground truth
+    with whole_file(path.with_name(f"{path.stem}_sample.png")) as file:
+        stage.contact_sheet(frame, logits, model.config.grid, f"map, step {step}").save(file, "PNG")
 
 
 def save_checkpoint(model, optimizer, args, curve, path):

@@ -477,12 +477,13 @@ def test_ranks_and_parts_share_the_samples_of_a_step(monkeypatch):
 
 class Pictures(torch.utils.data.Dataset):
     """Four one-frame sequences of random images and maps."""
+    samples = [(0, t) for t in range(4)]
 
     def __len__(self):
         return 4
 
     def __getitem__(self, sample):
-        index, _, _ = sample
+        index = sample[0] if isinstance(sample, tuple) else sample
         image, K, ego_T_cam = frame(1, SMALL, index)
         truth = torch.randint(0, 4, SMALL.grid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
         return {"image": image, "K": K, "ego_T_cam": ego_T_cam, "linked": torch.tensor([False]), "bev": truth,

@@ -63,6 +63,7 @@ def test_stages_leave_what_they_promise(world):
     known = [(i, learning_rate(i, 3, 1.5e-3)) for i in range(3)]
     assert [(line.pop("step"), line.pop("lr")) for line in lines] == known
     assert lines == checkpoint["curve"] and Image.open(out / "finetune.png").size == (840, 480)
+    assert Image.open(out / "pretrain_sample.png").size == Image.open(out / "finetune_sample.png").size == (976, 448)
     learnt = torch.load(out / f"pretrain/{splits['train'][0]}.pt", weights_only=True)
     assert learnt["token"] == torch.load(out / f"frames/{splits['train'][0]}.pt", weights_only=True)["token"]
     assert learnt["bev"].shape == (3, 200, 100) and set(learnt["bev"].unique().tolist()) <= {0, 1, 2, 3, 255}
