@@ -85,7 +85,7 @@ def read_map(path):
 
 def one_way(polygons):
     """The polygons, every outline running one way and every hole the other; a bow tie becomes two triangles."""
-    return shapely.normalize(shapely.make_valid(polygons))
+    return shapely.normalize(shapely.get_parts(shapely.make_valid(polygons)))
 
 
 def contour(road):
@@ -114,8 +114,8 @@ def draw_lines(ends, shape, reach):
 
     Each piece is compared with one square of n x n cells around it, all pieces at once.
     """
-    first = np.floor(ends.min(1) - reach).astype(int)  # (S, 2): the squares' upper left cells
-    n = int(np.max(np.ceil(ends.max(1) + reach) - first, initial=0))
+    first = np.floor(np.minimum(ends[:, 0], ends[:, 1]) - reach).astype(np.int32)  # (S, 2): the squares' first cells
+    n = int(np.max(np.ceil(np.maximum(ends[:, 0], ends[:, 1]) + reach) - first, initial=0))
     near = ((first > -n) & (first < shape)).all(1)
     ends, first = ends[near], first[near]
     # From here on places are relative to the square, where float32 is exact to a millionth of a cell.
@@ -128,7 +128,8 @@ def draw_lines(ends, shape, reach):
     hit = (x - share * dx) ** 2 + (y - share * dy) ** 2 <= reach ** 2
     wide = shape[1] + 2 * n  # squares may reach n cells over the rim
     mask = np.zeros((shape[0] + 2 * n, wide), bool)
-    cell = ((first + n) @ (wide, 1))[:, None, None] + np.add.outer(np.arange(n) * wide, np.arange(n))  # (S, n, n)
+    square = np.add.outer(np.arange(n, dtype=np.int32) * wide, np.arange(n, dtype=np.int32))  # (n, n)
+    cell = ((first[:, 0] + n) * wide + first[:, 1] + n)[:, None, None] + square  # (S, n, n)
     mask.ravel()[cell[hit]] = True
     return mask[n:n + shape[0], n:n + shape[1]]
 
@@ -138,15 +139,19 @@ def fill_polygons(polygons, shape):
 
     They are from one_way: along a row, each edge that leads into a polygon counts 1, and each that leads out -1.
     """
-    points, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(polygons)), return_index=True)
+    points, ring = shapely.get_coordinates(shapely.get_rings(polygons), return_index=True)
     edges = np.stack((points[:-1], points[1:]), 1)[ring[:-1] == ring[1:]]  # (E, 2, 2)
     centre = np.arange(shape[0]) + 0.5
-    edge, row = ((edges.min(1)[:, :1] <= centre) & (centre < edges.max(1)[:, :1])).nonzero()  # where an edge cuts a row
+    start, end = edges[:, :, :1].swapaxes(0, 1)  # (E, 1) each: their rows
+    edge, row = ((start <= centre) != (end <= centre)).nonzero()  # where an edge cuts a row
     a, along = edges[edge, 0], edges[edge, 1] - edges[edge, 0]
     cut = a[:, 1] + (centre[row] - a[:, 0]) * along[:, 1] / along[:, 0]
     column = np.ceil(cut - 0.5).clip(0, shape[1]).astype(int)  # the first cell whose centre lies beyond the edge
-    windings = np.bincount(row * (shape[1] + 1) + column, np.sign(along[:, 0]), shape[0] * (shape[1] + 1))
-    return windings.reshape(shape[0], -1).astype(np.int8).cumsum(1, dtype=np.int8)[:, :-1] != 0
+    windings = np.zeros((shape[0], shape[1] + 1), np.int8)
+    np.add.at(windings, (row, column), np.sign(along[:, 0]).astype(np.int8))
+    crossed = slice(row.min(initial=shape[0]), row.max(initial=0) + 1)
+    windings[crossed] = windings[crossed].cumsum(1, dtype=np.int8)
+    return windings[:, :-1] != 0
 
 
 def rasterise(road_map, world_T_ego, grid, line_width):
