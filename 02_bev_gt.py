@@ -109,15 +109,16 @@ def pieces(lines):
     return shapely.linestrings(np.stack((start + step * number[:, None], start + step * (number + 1)[:, None]), 1))
 
 
-def draw_lines(ends, shape, reach):
-    """Cells bool whose centre is no farther than `reach` from a line piece; ends (S, 2, 2) as (row, column), in cells.
+def draw_lines(ends, value, shape, reach):
+    """A map (H, W) uint8: the `value` of the last line piece whose middle is no farther than `reach` from a cell's
+    centre, 0 where there is none. ends (S, 2, 2) as (row, column) and reach in cells, value (S,).
 
     Each piece is compared with one square of n x n cells around it, all pieces at once.
     """
     first = np.floor(np.minimum(ends[:, 0], ends[:, 1]) - reach).astype(np.int32)  # (S, 2): the squares' first cells
     n = int(np.max(np.ceil(np.maximum(ends[:, 0], ends[:, 1]) + reach) - first, initial=0))
     near = ((first > -n) & (first < shape)).all(1)
-    ends, first = ends[near], first[near]
+    ends, first, value = ends[near], first[near], value[near]
     # From here on places are relative to the square, where float32 is exact to a millionth of a cell.
     a, along = (ends[:, 0] - first).astype(np.float32), (ends[:, 1] - ends[:, 0]).astype(np.float32)  # (S, 2) each
     centre = np.arange(n, dtype=np.float32) + 0.5
@@ -127,11 +128,11 @@ def draw_lines(ends, shape, reach):
     share = (x * (dx / length2) + y * (dy / length2)).clip(0, 1)  # (S, n, n), of the way from a to b
     hit = (x - share * dx) ** 2 + (y - share * dy) ** 2 <= reach ** 2
     wide = shape[1] + 2 * n  # squares may reach n cells over the rim
-    mask = np.zeros((shape[0] + 2 * n, wide), bool)
+    drawn = np.zeros((shape[0] + 2 * n, wide), np.uint8)
     square = np.add.outer(np.arange(n, dtype=np.int32) * wide, np.arange(n, dtype=np.int32))  # (n, n)
     cell = ((first[:, 0] + n) * wide + first[:, 1] + n)[:, None, None] + square  # (S, n, n)
-    mask.ravel()[cell[hit]] = True
-    return mask[n:n + shape[0], n:n + shape[1]]
+    drawn.ravel()[cell[hit]] = value.repeat(np.count_nonzero(hit, (1, 2)))
+    return drawn[n:n + shape[0], n:n + shape[1]]
 
 
 def fill_polygons(polygons, shape):
@@ -164,16 +165,15 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
         return grid.cells((xy_world - t) @ R)  # the inverse of a rotation is its transpose: p @ R
 
+    near = {name: tree.geometries[tree.query(window)] for name, tree in road_map.items()}
     bev = np.zeros(grid.shape, np.uint8)
-    for name in ("ped_crossing", "divider", "boundary"):  # later ones lie on top
-        near = road_map[name].geometries[road_map[name].query(window)]
-        if name == "ped_crossing":
-            mask = fill_polygons(shapely.transform(near, to_cells), grid.shape)
-        else:
-            ends = to_cells(shapely.get_coordinates(near)).reshape(-1, 2, 2)
-            mask = draw_lines(ends, grid.shape, margin / grid.cell)
-        bev[mask] = CLASSES.index(name)
-    return bev
+    for name in ("ped_crossing",):  # areas; lines lie on top of them
+        bev[fill_polygons(shapely.transform(near[name], to_cells), grid.shape)] = CLASSES.index(name)
+    lines = ("divider", "boundary")  # later ones lie on top
+    ends = to_cells(shapely.get_coordinates(np.concatenate([near[name] for name in lines]))).reshape(-1, 2, 2)
+    value = np.repeat([CLASSES.index(name) for name in lines], [len(near[name]) for name in lines])
+    drawn = draw_lines(ends, value, grid.shape, margin / grid.cell)
+    return np.where(drawn, drawn, bev)
 
 
 def rasterise_scene(road_map, config, scene):
