@@ -6,7 +6,8 @@ perspective mapping.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
 Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
-       over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up); with --animate
+       over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up);
+       out/eval/distance.png: IoU against distance from the car; with --animate
        out/eval/animation.webp: the median key frame under one checkpoint after the other; with --images
        out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W)} alone
 
@@ -31,6 +32,7 @@ from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANK
                        read_json, read_splits, render, save_json, save_pt, sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
+RING = 2.5  # m; ground this wide is one point of IoU against distance
 CONDITIONS = ("day", "night", "rain")
 # Okabe and Ito's palette, distinguishable by colour-blind readers
 COLOURS = {"divider": (240, 228, 66), "ped_crossing": (86, 180, 233), "boundary": (213, 94, 0)}
@@ -94,12 +96,13 @@ def conditions_of(description):
 def evaluate(frames, model, config):
     """Score every key frame; the scenes are shared out among all processes.
 
-    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}, the cells (classes, classes) of each [ground
-    truth, prediction], and the mIoU of each key frame (frames,).
+    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}, the overlap of each ring around the car (rings,
+    2, classes), the cells (classes, classes) of each [ground truth, prediction], the mIoU of each key frame (frames,).
     """
     distance = config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1)  # (H, W) m
-    rings = {f"{near}-{far}": (distance >= near) & (distance < far) for near, far in RANGES}
-    overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in ("all", *rings, *CONDITIONS)}
+    ring = (distance / RING).long()  # (H, W)
+    by_ring = torch.zeros(ring.max() + 1, 2, NUM_CLASSES, dtype=torch.int64)
+    overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in CONDITIONS}
     confusion, quality = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64), torch.zeros(len(frames))
     own = range(RANK, len(frames.scenes), RANKS)
     progress = tqdm(predict(frames, model, config, own), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
@@ -107,14 +110,16 @@ def evaluate(frames, model, config):
     for index, frame, logits in progress:
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
         counts = count_overlap(prediction, truth).cpu()
-        for key in ("all", *conditions_of(frames.scenes[frames.samples[index][0]]["description"])):
+        for key in conditions_of(frames.scenes[frames.samples[index][0]]["description"]):
             overlap[key] += counts
-        for key, ring in rings.items():
-            overlap[key] += count_overlap(prediction, torch.where(ring, truth, IGNORE)).cpu()
+        for k, sums in enumerate(by_ring):
+            sums += count_overlap(prediction, torch.where(ring == k, truth, IGNORE)).cpu()
         confusion += count_confusion(prediction, truth).cpu()
         quality[index] = quality_of(counts)
+    ranges = {f"{near}-{far}": by_ring[int(near / RING):int(far / RING)].sum(0) for near, far in RANGES}
+    overlap = {"all": by_ring.sum(0), **ranges, **overlap}
     overlap = {key: sum_over_ranks(counts.to(DEVICE)).cpu() for key, counts in overlap.items()}
-    return overlap, *(sum_over_ranks(counts.to(DEVICE)).cpu() for counts in (confusion, quality))
+    return overlap, *(sum_over_ranks(counts.to(DEVICE)).cpu() for counts in (by_ring, confusion, quality))
 
 
 def quality_of(counts):
@@ -282,7 +287,23 @@ def predict_rig(args, model):
           + ", ".join(CAMERAS[n] for n in nearest))
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- tables, and a curve
+
+def draw_distance(by_ring, title):
+    """IoU against distance from the car, a line a class, as a figure. by_ring: overlap (rings, 2, classes)."""
+    from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second
+    figure = Figure((7, 4), dpi=120, layout="tight")
+    axes = figure.subplots()
+    scores = [iou(counts)["iou"] for counts in by_ring]
+    for name, colour in COLOURS.items():
+        known = [(RING * (k + 0.5), score[name]) for k, score in enumerate(scores) if score[name] is not None]
+        axes.plot(*zip(*known) if known else ((), ()), color=[c / 255 for c in colour], marker="o", label=name)
+    axes.set(xlabel="distance from the car, m", ylabel="IoU", ylim=(0, 1), title=title,
+             facecolor=[c / 255 for c in GROUND])  # yellow cannot be seen on white
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
 
 def print_table(title, overlap):
     """The IoU table, a line for the whole split, each range and each condition present."""
@@ -330,11 +351,12 @@ if __name__ == "__main__":
     frames = Frames(args.out, scenes, config, bev_gt=True)
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
-    for old in (*folder.glob("sample_*.png"), folder / "metrics.json", folder / "animation.webp"):
+    names = "metrics.json", "distance.png", "animation.webp"
+    for old in (*folder.glob("sample_*.png"), *(folder / name for name in names)):
         old.unlink(missing_ok=True)
     args.pictures = min(args.pictures, len(frames))
     with torch.no_grad():
-        overlap, confusion, quality = evaluate(frames, model, config)
+        overlap, by_ring, confusion, quality = evaluate(frames, model, config)
     scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
@@ -342,6 +364,8 @@ if __name__ == "__main__":
                "confusion": confusion.tolist()}
     if RANK == 0:
         save_json(metrics, folder / "metrics.json")
+        with whole_file(folder / "distance.png") as file:
+            draw_distance(by_ring, title).savefig(file, format="png")
     for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
         if k % RANKS == RANK:
             with torch.no_grad(), whole_file(folder / f"sample_{k}.png") as file:

@@ -3,7 +3,7 @@ import importlib
 
 import torch
 
-from model import count_confusion, count_overlap
+from model import Config, count_confusion, count_overlap, iou
 from reproject import IGNORE
 
 stage = importlib.import_module("05_eval")
@@ -38,3 +38,19 @@ def test_confusion_has_the_truth_in_its_rows(capsys):
     stage.print_confusion(confusion)
     divider, = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("divider "))
     assert divider.split()[1:] == ["0.000", "0.667", "0.000", "0.333"]
+
+
+def test_the_curve_shows_each_cell_at_its_distance(monkeypatch):
+    """Two divider cells, one 3 m ahead of the car that is found, one 14 m to the left that is not."""
+    config = Config()
+    truth = torch.zeros(1, *config.grid.shape, dtype=torch.uint8)
+    truth[0, (89, 99), (49, 3)] = 1  # cells of 0.3 m; the first one lies 30 m ahead and 15 m to the left
+    logits = torch.nn.functional.one_hot(truth.long(), 4).permute(0, 3, 1, 2).float()
+    logits[0, :, 99, 3] = torch.tensor([1.0, 0, 0, 0])
+    monkeypatch.setattr(stage, "predict", lambda *_: [(0, {"bev": truth}, logits)])
+    frames = type("Frames", (list,), {"scenes": [{"description": "a drive"}], "samples": [(0, 0)]})([None])
+    overlap, by_ring, *_ = stage.evaluate(frames, None, config)
+    assert (by_ring[:, 1, 1] > 0).nonzero().flatten().tolist() == [1, 5]  # 2.5 to 5 m, 12.5 to 15 m
+    assert iou(overlap["0-10"])["iou"]["divider"] == 1 and iou(overlap["10-20"])["iou"]["divider"] == 0
+    line = stage.draw_distance(by_ring, "").axes[0].lines[0]
+    assert line.get_xdata().tolist() == [3.75, 13.75] and line.get_ydata().tolist() == [1, 0]

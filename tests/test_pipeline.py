@@ -72,8 +72,8 @@ def test_stages_leave_what_they_promise(world):
     assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
     assert set(metrics["by_range"]) == {"0-10", "10-20", "20-30"} and metrics["by_condition"]
     assert sum(map(sum, metrics["confusion"])) == 3 * 200 * 100
-    assert sorted(p.name for p in (out / "eval").iterdir()) == ["animation.webp", "metrics.json", "sample_0.png",
-                                                                "sample_1.png"]
+    assert sorted(p.name for p in (out / "eval").iterdir()) == ["animation.webp", "distance.png", "metrics.json",
+                                                                "sample_0.png", "sample_1.png"]
     assert Image.open(out / "eval/animation.webp").n_frames == 2
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
 

@@ -105,7 +105,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(world):
         command = ("05_eval.py",) if start is torchrun else (sys.executable, ROOT / "05_eval.py")
         start(*command, "--checkpoint", "ipm", "--pictures", 4, cwd=world)
         assert sorted(path.name for path in (world / "out/eval").iterdir()) == [
-            "metrics.json", *(f"sample_{k}.png" for k in range(4))]
+            "distance.png", "metrics.json", *(f"sample_{k}.png" for k in range(4))]
         scores.append((world / "out/eval/metrics.json").read_text())
     assert scores[0] == scores[1] and json.loads(scores[0])["num_samples"] == 6
 
@@ -119,8 +119,8 @@ def test_processes_share_the_scenes_that_they_score(world, monkeypatch):
     for rank, ranks in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(stage, "RANK", rank)
         monkeypatch.setattr(stage, "RANKS", ranks)
-        overlap, confusion, miou = stage.evaluate(frames, None, config)
-        assert torch.equal(overlap["all"][0], confusion.diag())
+        overlap, by_ring, confusion, miou = stage.evaluate(frames, None, config)
+        assert torch.equal(overlap["all"][0], confusion.diag()) and torch.equal(overlap["all"], by_ring.sum(0))
         counts.append(overlap["all"]), quality.append(miou)
     assert torch.equal(counts[0], counts[1] + counts[2]) and counts[1].any() and counts[2].any()
     assert torch.equal(quality[0], quality[1] + quality[2]) and quality[1].any() and quality[2].any()
