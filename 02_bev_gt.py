@@ -131,7 +131,8 @@ def draw_lines(ends, value, shape, reach):
     drawn = np.zeros((shape[0] + 2 * n, wide), np.uint8)
     square = np.add.outer(np.arange(n, dtype=np.int32) * wide, np.arange(n, dtype=np.int32))  # (n, n)
     cell = ((first[:, 0] + n) * wide + first[:, 1] + n)[:, None, None] + square  # (S, n, n)
-    drawn.ravel()[cell[hit]] = value.repeat(np.count_nonzero(hit, (1, 2)))
+    found = np.flatnonzero(hit)
+    drawn.ravel()[cell.ravel()[found]] = value[found // n ** 2]
     return drawn[n:n + shape[0], n:n + shape[1]]
 
 
@@ -159,8 +160,9 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     """The map around the car: (H, W) uint8 class index a cell. world_T_ego (4, 4) float64, levelled."""
     (behind, ahead), (right, left) = grid.x_range, grid.y_range
     margin, R, t = line_width / 2, world_T_ego[:2, :2].numpy(), world_T_ego[:2, 3].numpy()
-    corners = [(ahead, left), (ahead, right), (behind, right), (behind, left)] @ R.T + t
-    window = shapely.box(*corners.min(0) - margin, *corners.max(0) + margin)
+    middle, half = np.array([(ahead + behind, left + right), (ahead - behind, left - right)]) / 2
+    here, far = R @ middle + t, np.abs(R) @ half + margin  # what the grid reaches along the world's axes
+    window = shapely.box(*(here - far), *(here + far))
 
     def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
         return grid.cells((xy_world - t) @ R)  # the inverse of a rotation is its transpose: p @ R
