@@ -48,7 +48,8 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
-    parser.add_argument("--split", default="val", choices=sum(SPLITS.values(), ()), help="which scenes")
+    parser.add_argument("--split", default="val", choices=(*SPLITS, *sum(SPLITS.values(), ())),
+                        help="which scenes; official stands for val, geo for geo_val")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
     parser.add_argument("--pictures", type=int, default=3, help="how many key frames to draw, from best to worst")
     parser.add_argument("--animate", nargs="+", default=(), metavar="CHECKPOINT",
@@ -327,6 +328,7 @@ if __name__ == "__main__":
     args = parse_args()
     join_ranks()
     args.checkpoint = title = args.checkpoint.replace("{out}", args.out)
+    args.split = SPLITS[args.split][1] if args.split in SPLITS else args.split
     if args.pictures < 0:
         sys.exit(f"error: --pictures {args.pictures}: give 0 or more")
     if args.checkpoint == "ipm":

@@ -191,7 +191,7 @@ def test_views_between_and_the_geo_split(tmp_path):
     for command in (label + (*data,), ("02_bev_gt.py", *out, *data),
                     ("03_pretrain.py", *out, "--split", "geo", "--steps", "2"),
                     ("04_finetune.py", *out, "--split", "geo", "--labels", "1", "--steps", "2"),
-                    ("05_eval.py", *out, "--checkpoint", tmp_path / "out/finetune.pt", "--split", "geo_val")):
+                    ("05_eval.py", *out, "--checkpoint", tmp_path / "out/finetune.pt", "--split", "geo")):
         code, error = run(*command)
         assert code == 0, error
     frames = load_pt(tmp_path / "out/frames/scene-0103.pt", "")
