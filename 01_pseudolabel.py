@@ -31,9 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, encode, inverse, is_finished,
-                       keep_freed_memory, key_frames, levelled, look_up, make_meta, open_tables, pose_matrix, recorded,
-                       save_pt, watched, world_from_ego)
+from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, encode, inverse, is_finished,
+                       keep_freed_memory, key_frames, levelled, look_up, make_meta, open_tables, pose_matrix, pose_of,
+                       recorded, save_pt, watched, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -191,24 +191,23 @@ def views_between(nusc, now, after, sweeps):
     Evenly spread in time, as far as each camera's images allow; only as many as every camera has. Returns
     [(timestamp, world_T_ego levelled, 6 records)]: time and place are those of CAM_FRONT.
     """
-    chosen = []  # a list a camera
-    for first, last in zip(now, after):
+    between = []  # a list a camera: what it took between the two
+    for first in now:
         there, data = [], look_up(nusc, "sample_data", first["next"])
         while not data["is_key_frame"]:
+            if data in there:
+                sys.exit(f"error: {nusc.table_root}/sample_data.json: {data['filename']} follows itself: {UNPACK}")
             there.append(data)
             data = look_up(nusc, "sample_data", data["next"])
-        n, picked = min(sweeps, len(there)), []
-        for k in range(n):
-            wanted = first["timestamp"] + (k + 1) / (n + 1) * (last["timestamp"] - first["timestamp"])
-            picked.append(min(there, key=lambda data: abs(data["timestamp"] - wanted)))
-            there.remove(picked[-1])
-        chosen.append(picked)
+        between.append(there)
+    n, chosen = min(sweeps, *map(len, between)), []
+    for first, last, there in zip(now, after, between):
+        times = [first["timestamp"] + (k + 1) / (n + 1) * (last["timestamp"] - first["timestamp"]) for k in range(n)]
+        chosen.append([])
+        for wanted in times:
+            chosen[-1].append(min(there, key=lambda data: abs(data["timestamp"] - wanted)))
+            there.remove(chosen[-1][-1])
     return [(records[0]["timestamp"], levelled(pose_of(nusc, records[0])), records) for records in zip(*chosen)]
-
-
-def pose_of(nusc, data):
-    """world_T_ego (4, 4) float64 at the time of a sample_data record."""
-    return pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
 
 
 def read_scene(nusc, scene, image_size, sweeps=0):
@@ -219,7 +218,7 @@ def read_scene(nusc, scene, image_size, sweeps=0):
               "description": scene["description"], "token": [sample["token"] for sample in samples],
               "timestamp": [], "K": [], "ego_T_cam": [], "world_T_ego": []}
     views = [(sample["timestamp"], world_from_ego(nusc, sample),
-              [recorded(nusc, sample, camera)[0] for camera in CAMERAS]) for sample in samples]
+              [recorded(nusc, sample, camera) for camera in CAMERAS]) for sample in samples]
     if sweeps:
         views += [view for (*_, now), (*_, after) in zip(views, views[1:])
                   for view in views_between(nusc, now, after, sweeps)]
@@ -289,8 +288,8 @@ if __name__ == "__main__":
                               "sweeps": args.sweeps,
                               "groups": hashlib.sha256(repr((GROUPS, LINE_GAIN)).encode()).hexdigest()[:12]})
 
-    # What there is to do: this process's share of the scenes, but those whose file is there already. (In this order:
-    # what is there changes while the others work.)
+    # What there is to do: this process's share of the scenes, but those whose file is there already. (The share comes
+    # first: as files appear meanwhile, each process would share out another list.)
     share = nusc.scene[RANK::RANKS]
     todo = [scene for scene in share
             if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META,

@@ -110,8 +110,8 @@ def pieces(lines):
 
 
 def draw_lines(ends, value, shape, reach):
-    """A map (H, W) uint8: the `value` of the last line piece whose middle is no farther than `reach` from a cell's
-    centre, 0 where there is none. ends (S, 2, 2) as (row, column) and reach in cells, value (S,).
+    """A map (H, W) uint8: the `value` of the last line piece that passes within `reach` of a cell's centre, 0 where
+    none does. ends (S, 2, 2) as (row, column) and reach in cells, value (S,).
 
     Each piece is compared with one square of n x n cells around it, all pieces at once.
     """

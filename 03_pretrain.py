@@ -42,7 +42,7 @@ MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do n
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
-STRAY = 2  # so few cells of a line may have the wrong direction and go astray together
+STRAY = 2  # a cell between dashes is drawn where the walks from more line cells than this cross it
 # Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
 LINES = {"divider": (7.0, 6.0), "boundary": (3.0, 0.0)}
 
@@ -80,7 +80,7 @@ def parse_args():
 # ---------------------------------------------------------------- what the cameras of a scene agree on
 
 def find_slope(frames, index, args):
-    """The slope of a scene's ground along the car, radians, on which its cameras agree best; positive: it falls ahead.
+    """The slope of a scene's ground along the car, radians, on which its cameras agree best; positive: it rises ahead.
 
     On a slope that nobody knows of, each camera takes the same paint for another place, where the others see bare
     ground. Agreement is the share that a marking's votes have in the votes of their cells, on average. Every third

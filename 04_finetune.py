@@ -74,9 +74,13 @@ if __name__ == "__main__":
     model = initial_model(args, config, path).to(DEVICE)
     rest, settings = {}, {}
     if args.init.endswith(".pt") and not args.labelled_only:
-        pretraining = load_checkpoint(args.init, "run 03_pretrain.py", config)[0]["args"]
-        settings = {flag: pretraining.get(flag) for flag in CONSENSUS_FLAGS}
-        if settings["target"] in ("consensus", "painted"):
+        if Path(args.init).exists():
+            pretraining = load_checkpoint(args.init, "run 03_pretrain.py", config)[0]["args"]
+            settings = {flag: pretraining.get(flag) for flag in CONSENSUS_FLAGS}
+        else:  # a run that goes on has all that it needs
+            settings = load_checkpoint(path, "run 03_pretrain.py", config)[0]["args"].get("consensus", {})
+        args.consensus = settings
+        if settings.get("target") in ("consensus", "painted"):
             learnt = Path(args.init.removesuffix(".pt"))
             rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, settings)

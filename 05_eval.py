@@ -254,8 +254,9 @@ def read_rig(folder, calibration, config):
             K.append(torch.tensor(camera["K"], dtype=torch.float32))
             ego_T_cam.append(torch.tensor(camera["ego_T_cam"], dtype=torch.float32))
             R = ego_T_cam[-1][:3, :3]
-            if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or not K[-1].isfinite().all()
-                    or min(K[-1][0, 0], K[-1][1, 1]) <= 0 or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3)):
+            if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or min(K[-1][0, 0], K[-1][1, 1]) <= 0
+                    or not all(matrix.isfinite().all() for matrix in (K[-1], ego_T_cam[-1]))
+                    or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0):
                 raise ValueError
         except (LookupError, TypeError, ValueError, RuntimeError):
             sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam: {remedy}")

@@ -266,7 +266,7 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
         Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        # By its own exposure, not ImageNet's: the batch norms, trained on mixed batches, take night and day for alike.
+        # By the frame's own brightness and contrast, so that night and day look alike to the batch norms.
         std, mean = torch.std_mean(image.float(), (1, 3, 4), keepdim=True)  # (B, 1, 3, 1, 1)
         image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
@@ -420,7 +420,7 @@ LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguish
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""
     checkpoint = load_pt(path, remedy)
-    if not isinstance(checkpoint, dict) or not {"model", "config", "args"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"model", "config", "args", "step"} <= checkpoint.keys():
         sys.exit(f"error: {path} is no checkpoint of 03_pretrain.py or 04_finetune.py: {remedy}")
     try:
         found = Config(**checkpoint["config"])
@@ -509,21 +509,26 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.steps, args.lr)
         optimizer.zero_grad()
+        total, losses, batch_parts = 0, {}, []
         for part in range(1, args.accumulate + 1):
             asked = time.time()
-            batch = {k: v.to(DEVICE, non_blocking=True) for k, v in next(batches).items()}
+            batch = {k: v.to(DEVICE) for k, v in next(batches).items()}
             waited += time.time() - asked
+            batch_parts.append(batch)
             alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
             with (loss_of.no_sync() if alone else nullcontext()):
                 with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
                     loss, parts = loss_of(batch)
                 (loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+            losses |= {name: losses.get(name, 0) + value.detach() / args.accumulate for name, value in parts.items()}
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        if not (loss.isfinite() and norm.isfinite()):
-            sys.exit(f"error: step {i} has loss {loss.item()}, gradient {norm.item()}, samples {data.tokens(batch)}: "
+        if not (total.isfinite() and norm.isfinite()):
+            tokens = sum(map(data.tokens, batch_parts), [])
+            sys.exit(f"error: step {i} has loss {total.item()}, gradient {norm.item()}, samples {tokens}: "
                      f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
         optimizer.step()
-        curve.append({name: (sum_over_ranks(value.detach()) / RANKS).item() for name, value in parts.items()})
+        curve.append({name: (sum_over_ranks(value) / RANKS).item() for name, value in losses.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
             record(curve, args, path)

@@ -53,7 +53,7 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BA
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
-HISTORY_SHARE = 0.25  # of the training steps look at history; the others take two thirds of the time
+HISTORY_SHARE = 0.25  # of the training steps look at history; each of the others takes two thirds of such a one's time
 # The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
 SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
 UNPACK = "unpack the data set's metadata again"
@@ -305,7 +305,7 @@ def corners(x, y, weights, source, height, width):
     return rows, torch.stack((top * left, top * right, bottom * left, bottom * right), -1)
 
 
-# The one operation of it that we use, sampled_addmm, is compared with an independent implementation in tests.
+# Of sparse CSR tensors we use sampled_addmm alone, which tests compare with an independent implementation.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
@@ -454,14 +454,18 @@ def key_frames(nusc, scene):
 
 
 def recorded(nusc, sample, channel):
-    """A sensor's sample_data record of a key frame, and world_T_ego (4, 4) float64 at that sensor's own time."""
-    data = look_up(nusc, "sample_data", sample["data"].get(channel, f"for {channel} at sample {sample['token']}"))
-    return data, pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
+    """A sensor's sample_data record of a key frame."""
+    return look_up(nusc, "sample_data", sample["data"].get(channel, f"for {channel} at sample {sample['token']}"))
+
+
+def pose_of(nusc, data):
+    """world_T_ego (4, 4) float64 at the time of a sample_data record."""
+    return pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
 
 
 def world_from_ego(nusc, sample):
     """world_T_ego (4, 4) float64 of a key frame: levelled, at its LIDAR_TOP time."""
-    return levelled(recorded(nusc, sample, "LIDAR_TOP")[1])
+    return levelled(pose_of(nusc, recorded(nusc, sample, "LIDAR_TOP")))
 
 
 # ---------------------------------------------------------------- files
@@ -482,12 +486,13 @@ def read_json(path, remedy):
 def whole_file(path):
     """Open a file to be written whole or not at all: a temporary name, flushed to disk, then renamed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")  # ranks on two machines may share a pid
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.tmp"):
-            if time.time() - left.stat().st_mtime > 3600:  # the run that wrote it was killed
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+                if time.time() - left.stat().st_mtime > 3600:  # the run that wrote it was killed
+                    left.unlink()
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -530,8 +535,8 @@ def load_pt(path, remedy):
 
 
 def load_artifact(path, remedy, keys=()):
-    """Read a file of frames/ or bev_gt/, in which each of the keys has an entry for each key frame; images and
-    maps for these alone, the others perhaps for views between them, too."""
+    """Read a file of frames/ or bev_gt/ whose `keys` have an entry for each key frame: "image" and "bev" exactly one,
+    the others perhaps more, for the views of --sweeps."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
             or any(len(content[key]) < len(content["token"]) for key in keys)
@@ -728,10 +733,11 @@ def watched():
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            sys.exit("error: out of memory: use a smaller --batch-size or --preset, or --checkpointing and --bf16")
-        if "DataLoader worker" not in str(error):
-            raise
+            sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or (03 and 04) "
+                     "--checkpointing and --bf16")
         said = str(error).strip().splitlines()[-1].partition("error: ")[2]  # below the worker's traceback
+        if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
+            raise  # a mistake in the code, here or in a worker
         sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: "
                                       "use fewer --workers"))
 
@@ -754,13 +760,15 @@ def check_training(args):
 
 def claim(path):
     """Refuse to write `path` while another run does. The lock ends with the process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path.with_name(f".{path.name}.lock"), "w")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(f".{path.name}.lock"), "w")
         fcntl.flock(lock, (fcntl.LOCK_EX if RANK == 0 else fcntl.LOCK_UN) | fcntl.LOCK_NB)
-    except OSError:
+        return lock
+    except BlockingIOError:
         sys.exit(f"error: another run is writing {path}: wait for its end or choose another --name")
-    return lock
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written or locked ({error.strerror}): choose another --out")
 
 
 def keep_freed_memory():

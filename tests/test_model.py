@@ -548,6 +548,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert kept[0]["curve"] == [{"loss": pytest.approx(loss.item())} for loss in losses[:3]]
 
 
+def test_the_curve_has_the_mean_of_the_parts_of_a_step(tmp_path):
+    args = argparse.Namespace(steps=1, batch_size=4, lr=1e-3, seed=0, accumulate=2, workers=0, bf16=False,
+                              checkpointing=False)
+    model, losses = BEVSegmenter(SMALL), []
+
+    def loss_fn(batch):
+        losses.append(run_sequence(model, batch)[0].square().mean() * (1 + len(losses)))
+        return losses[-1], {"loss": losses[-1]}
+
+    fit(model, Pictures(), loss_fn, args, tmp_path / "a.pt")
+    curve = load_checkpoint(tmp_path / "a.pt", "")[0]["curve"]
+    assert curve == [{"loss": pytest.approx((losses[0] + losses[1]).item() / 2)}] and losses[0] != losses[1]
+
+
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
     train(tmp_path / "a.pt", 1)
     _, model = load_checkpoint(tmp_path / "a.pt", "", SMALL)

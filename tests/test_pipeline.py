@@ -90,6 +90,9 @@ def test_finished_stages_do_nothing(world):
                          ("03_pretrain.py", ["--steps", 3]), ("04_finetune.py", ["--steps", 3])):
         assert "nothing to do" in run(script, *args, cwd=world)
     assert "nothing to do" in run("03_pretrain.py", "--steps", 3, "--out", world / "out", cwd=world)  # the same folder
+    (world / "out/pretrain.pt").rename(world / "away.pt")  # of which a finished run has no more need
+    assert "nothing to do" in run("04_finetune.py", "--steps", 3, cwd=world)
+    (world / "away.pt").rename(world / "out/pretrain.pt")
     assert stamps == {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
 
 
@@ -97,6 +100,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--preset", "huge"], "invalid choice: 'huge'"),
     ("03_pretrain.py", ["--steps", 3, "--name", "b", "--preset", "tiny"], "image_size [144, 256], expected [450, 800]"),
     ("03_pretrain.py", ["--out", "nowhere"], "splits.json is missing: run 02_bev_gt.py"),
+    ("03_pretrain.py", ["--out", "out/splits.json"], "pretrain.pt cannot be written or locked (File exists)"),
     ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),

@@ -300,7 +300,7 @@ def test_sweeps_follow_the_key_frames(world, tmp_path):
 
 @pytest.mark.parametrize("there, wanted", [
     ({1, 2, 3, 4, 5}, {1: [3], 2: [2, 4], 3: [1, 3, 4], 5: [1, 2, 3, 4, 5], 9: [1, 2, 3, 4, 5]}),
-    ({1, 5}, {1: [1], 2: [1, 5], 3: [1, 5]}), ({4, 5}, {1: [4], 2: [4, 5]}), (set(), {3: []})])
+    ({1, 5}, {1: [1], 2: [1, 5], 3: [1, 5]}), ({4, 5}, {1: [4], 2: [4, 5], 5: [4, 5]}), (set(), {3: []})])
 def test_views_are_evenly_spread_as_far_as_there_are_images(there, wanted):
     """Six cameras at 12 Hz, each at its own time; those but the first have all five images between the key frames."""
     def camera(n):
@@ -318,6 +318,13 @@ def test_views_are_evenly_spread_as_far_as_there_are_images(there, wanted):
         assert [data["token"] for *_, (data, *_) in views] == [f"0 {k}" for k in expected]
         assert all([data["token"][0] for data in row] == list("012345") for *_, row in views)
         assert len({data["token"] for *_, row in views for data in row}) == 6 * len(expected)
+        # A camera that lacks images does not pull the others away from it: they are as if no more had been asked for.
+        fewer = stage.views_between(nusc, [row[0] for row in cameras], [row[-1] for row in cameras], len(expected))
+        assert [row for *_, row in fewer] == [row for *_, row in views]
+    if there:
+        records[f"0 {max(there)}"]["next"] = f"0 {min(there)}"  # in a circle
+        with pytest.raises(SystemExit, match="sample_data.json: x.jpg follows itself"):
+            stage.views_between(nusc, [row[0] for row in cameras], [row[-1] for row in cameras], 1)
 
 
 def test_damaged_sweeps(world, tmp_path):

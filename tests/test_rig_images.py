@@ -84,6 +84,7 @@ def test_bad_rigs_are_one_line(network, tmp_path):
     _, folder = network
     (tmp_path / "net.pt").symlink_to(folder / "net.pt")
     good = {"K": intrinsics().tolist(), "ego_T_cam": camera().tolist()}
+    mirrored, nowhere = camera() * torch.tensor([-1.0, 1.0, 1.0, 1.0]), camera() + torch.nan * torch.eye(4)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     for rig, says in (
             (None, "rig.json is missing"), ("{", "rig.json is damaged"), ({}, "lists no 1 to 8 cameras"),
@@ -91,6 +92,8 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"broken.png": good}, "broken.png cannot be read"), ({"a.png": {"K": 1}}, "a.png has no camera matrix"),
             ({"a.png": good | {"K": [[1, 0], [0, 1]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": torch.ones(4, 4).tolist()}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"ego_T_cam": mirrored.tolist()}}, "no camera matrix"),
+            ({"a.png": good | {"ego_T_cam": nowhere.tolist()}}, "no camera matrix"),
             ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
         if rig is not None:
