@@ -40,7 +40,7 @@ from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_M
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
-TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # weight of the temporal loss, in each of its forms
+TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # the usual weight of each form of the temporal loss
 SURE = 0.8  # probability from which on the temporal loss believes the last frame
 STRAY = 2  # a cell between dashes is drawn where the walks from more line cells than this cross it
 # Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
@@ -71,6 +71,7 @@ def parse_args():
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
     parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
     parser.add_argument("--temporal", default="sure", choices=TEMPORAL, help="form of the temporal loss")
+    parser.add_argument("--temporal-weight", type=float, help="its weight (by default the form's usual one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -267,8 +268,10 @@ def temporal_loss(logits, before, batch, grid, smear=False):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
-    if args.margin < -1 or not args.view_range >= 0 or args.image < 0:
-        sys.exit("error: --margin is at least -1; --view-range and --image are at least 0")
+    if args.temporal_weight is None:
+        args.temporal_weight = TEMPORAL[args.temporal]
+    if args.margin < -1 or not all(x >= 0 for x in (args.view_range, args.image, args.temporal_weight)):
+        sys.exit("error: --margin is at least -1; --view-range, --image and --temporal-weight are at least 0")
     path = Path(args.out) / f"{args.name}.pt"
     lock = claim(path)
     join_ranks()
@@ -297,7 +300,7 @@ if __name__ == "__main__":
             parts["image"] = image_loss(model, batch["label"])
         if args.temporal != "off" and before is not None:
             parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.temporal == "smear")
-        weights = {"image": args.image, "temporal": TEMPORAL[args.temporal]}
+        weights = {"image": args.image, "temporal": args.temporal_weight}
         return sum(weights.get(name, 1) * part for name, part in parts.items()), parts
 
     fit(model, frames, loss_fn, args, path)

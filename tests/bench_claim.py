@@ -68,6 +68,7 @@ ROWS = MAIN | {  # the other rows show the way there
     "supervised 50%": supervised(1200, 0.5),  # fewer scenes are learnt by heart in fewer steps
     "supervised 10%": supervised(600, 0.1),
     "pretraining, 300 steps": pretrained(300),
+    "pretraining, 300 steps, + 50%": tuned(0.5, 1150, "pretraining, 300 steps"),
     LONG: tuned(0.5, 2100, "pretraining, 300 steps"),
     "pretraining + 100%": tuned(1.0, 850, "pretraining"),
 }
