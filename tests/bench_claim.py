@@ -49,9 +49,9 @@ def main_rows(scale=1.0, ending=""):
     """The rows that the claim rests on, {name: (stage, flags, start)}, with their steps times `scale`."""
     rows = {
         "supervised 100%": supervised(round(SUPERVISED * scale)),
-        "pretraining": pretrained(round(600 * scale)),
+        "pretraining": pretrained(round(300 * scale)),
         # A third of the seconds of full supervision, those of pretraining included.
-        "pretraining + 50%": tuned(0.5, round(850 * scale), "pretraining" + ending),
+        "pretraining + 50%": tuned(0.5, round(1150 * scale), "pretraining" + ending),
         "pretraining alone": pretrained(round(1500 * scale)),
         "pretraining + 10%": tuned(0.1, round(400 * scale), "pretraining alone" + ending),
     }
@@ -67,10 +67,10 @@ ROWS = MAIN | {  # the other rows show the way there
     "supervised 100%, 800 steps": supervised(800),
     "supervised 50%": supervised(1200, 0.5),  # fewer scenes are learnt by heart in fewer steps
     "supervised 10%": supervised(600, 0.1),
-    "pretraining, 300 steps": pretrained(300),
-    "pretraining, 300 steps, + 50%": tuned(0.5, 1150, "pretraining, 300 steps"),
-    LONG: tuned(0.5, 2100, "pretraining, 300 steps"),
-    "pretraining + 100%": tuned(1.0, 850, "pretraining"),
+    LONG: tuned(0.5, 2100, "pretraining"),
+    "pretraining, 600 steps": pretrained(600),
+    "pretraining, 600 steps, + 50%": tuned(0.5, 850, "pretraining, 600 steps"),
+    "pretraining, 600 steps, + 100%": tuned(1.0, 850, "pretraining, 600 steps"),
 }
 PAPER = ["--target", "rendered", "--image", 0]
 ABLATIONS = {name: ("03_pretrain.py", ["--steps", 300, *flags], None) for name, flags in {
@@ -249,11 +249,11 @@ def picture(found, path):
             (("supervised 100%, 800 steps", HALF, "supervised 100%"), "supervised, 100% of the labels", "#0072B2", "o"),
             (("supervised 50%",), "supervised, 50%", "#56B4E9", "s"),
             (("supervised 10%",), "supervised, 10%", "#999999", "^"),
-            (("pretraining, 300 steps", "pretraining", "pretraining alone"), "pretraining alone, no BEV label",
+            (("pretraining", "pretraining, 600 steps", "pretraining alone"), "pretraining alone, no BEV label",
              "#F0E442", "v"),
             (("pretraining + 50%", LONG), "pretraining, then 50%", "#D55E00", "s"),
             (("pretraining + 10%",), "pretraining, then 10%", "#CC79A7", "^"),
-            (("pretraining + 100%",), "pretraining, then 100%", "#009E73", "D")):
+            (("pretraining, 600 steps, + 100%",), "pretraining, then 100%", "#009E73", "D")):
         known = [found[row + ending] for row in rows for ending in ("", ", quick") if row + ending in found]
         if known:
             draw(known, label, colour, marker)
@@ -261,7 +261,7 @@ def picture(found, path):
     plt.ylabel("mIoU on the val scenes")
     plt.ylim(bottom=0)
     plt.grid(alpha=0.3)
-    plt.legend(fontsize=8)
+    plt.legend(fontsize=8, loc="lower right")
     plt.tight_layout()
     plt.savefig(path)
 
