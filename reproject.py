@@ -53,7 +53,7 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BA
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
-HISTORY_SHARE = 0.25  # of the training steps look at history; each of the others takes two thirds of such a one's time
+HISTORY_SHARE = 0.25  # of the training steps look at history; a step that does not takes two thirds of the time
 # The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
 SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
 UNPACK = "unpack the data set's metadata again"
