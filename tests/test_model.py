@@ -574,6 +574,9 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="is no checkpoint"):
         load_checkpoint(tmp_path / "c.pt", "run 03")
     content = torch.load(tmp_path / "a.pt", weights_only=True)
+    save_pt({key: value for key, value in content.items() if key != "step"}, tmp_path / "e.pt")
+    with pytest.raises(SystemExit, match="is no checkpoint"):
+        load_checkpoint(tmp_path / "e.pt", "run 03")
     content["model"]["query"] = torch.zeros(3, 3)
     save_pt(content, tmp_path / "d.pt")
     with pytest.raises(SystemExit, match="does not fit model.py: size mismatch for query"):
