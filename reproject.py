@@ -75,6 +75,9 @@ DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() 
 def join_ranks():
     """Meet the other processes that torchrun has started, if there are any; stages 03 to 05 do so first."""
     if RANKS > 1:
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if 0 < gpus < local:
+            sys.exit(f"error: {local} processes and {gpus} GPU(s): torchrun --nproc-per-node {gpus}")
         torch.distributed.init_process_group("nccl" if DEVICE.startswith("cuda") else "gloo")
         atexit.register(torch.distributed.destroy_process_group)  # or the one that ends last finds lines cut and aborts
 
@@ -306,7 +309,7 @@ def corners(x, y, weights, source, height, width):
 
 
 # Of sparse CSR tensors we use sampled_addmm alone, which tests compare with an independent implementation.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
 
 
 class DeformableAttention(torch.autograd.Function):

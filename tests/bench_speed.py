@@ -30,6 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import shapely
@@ -55,7 +56,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what is measured")
     parser.add_argument("--sizes", nargs="+", default=("tiny", "small"), choices=PRESETS, help="presets")
-    parser.add_argument("--batch", nargs="+", type=int, default=(1, 4), help="batch sizes of the encoder")
+    parser.add_argument("--batch", nargs="+", type=int, help="batch sizes (1 and 4 of the encoder, 1 of a step)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return parser.parse_args()
@@ -359,18 +360,17 @@ def exponent(x, y):
 
 
 def training_steps(args, peak):
-    """A whole training step at batch 1, also in bfloat16 and with checkpointing."""
-    row("training step, batch 1", "seconds", "GFLOP", "of float32 peak", "MB")
-    row(*["---"] * 5)
-    for size in args.sizes:
-        for how in ({}, {"bf16": True}, {"checkpointing": True}):
-            worker = measure(training_step, args.runs, 1, config=PRESETS[size], batch=1, device=args.device, **how)
-            name = " ".join((size, *how))
-            if worker.failed:
-                row(name, "out of memory", "", "", "")
-                continue
-            share = worker.flops / statistics.median(worker.seconds) / peak
-            row(name, spread(worker.seconds), round(worker.flops / 1e9), f"{share:.0%}", round(worker.memory / 1e6))
+    """A whole training step, also in bfloat16 and with checkpointing."""
+    row("training step", "batch", "seconds", "GFLOP", "of float32 peak", "MB")
+    row(*["---"] * 6)
+    for size, batch, how in product(args.sizes, args.batch or (1,), ({}, {"bf16": True}, {"checkpointing": True})):
+        worker = measure(training_step, args.runs, 1, config=PRESETS[size], batch=batch, device=args.device, **how)
+        name = " ".join((size, *how))
+        if worker.failed:
+            row(name, batch, "out of memory", "", "", "")
+            continue
+        share = worker.flops / statistics.median(worker.seconds) / peak
+        row(name, batch, spread(worker.seconds), round(worker.flops / 1e9), f"{share:.0%}", round(worker.memory / 1e6))
 
 
 def stages(args):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import reproject
 from model import PRESETS
 from reproject import Frames, read_splits
 
@@ -85,6 +86,14 @@ def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
     for name, value in one["model"].items():
         if "running" in name:
             assert torch.allclose(value, two["model"][name], rtol=3e-3, atol=1e-4), name
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(reproject, "RANKS", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="2 processes and 1 GPU.*--nproc-per-node 1"):
+        reproject.join_ranks()
 
 
 def test_parts_of_a_step_add_up(world):
