@@ -40,8 +40,7 @@ from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_M
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
-TEMPORAL = {"off": 0.0, "sure": 0.1, "smear": 0.5}  # the usual weight of each form of the temporal loss
-SURE = 0.8  # probability from which on the temporal loss believes the last frame
+TEMPORAL = {"off": 0.0, "within": 5.0, "smear": 0.5}  # the usual weight of each form of the temporal loss
 STRAY = 2  # a cell between dashes is drawn where the walks from more line cells than this cross it
 # Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
 LINES = {"divider": (7.0, 6.0), "boundary": (3.0, 0.0)}
@@ -70,8 +69,9 @@ def parse_args():
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
     parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
-    parser.add_argument("--temporal", default="sure", choices=TEMPORAL, help="form of the temporal loss")
-    parser.add_argument("--temporal-weight", type=float, help="its weight (by default the form's usual one)")
+    parser.add_argument("--temporal", default="within", choices=TEMPORAL, help="form of the temporal loss")
+    parser.add_argument("--temporal-weight", type=float, help="its weight at the end, to which it grows from 0 (by "
+                        "default the form's usual one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -245,12 +245,13 @@ def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
 
 
 def temporal_loss(logits, before, batch, grid, smear=False):
-    """How far this frame's prediction is from the last one, where both see the ground.
+    """How far this frame's prediction is from the last one: the mean squared distance of their probabilities, over the
+    cells where both see the ground.
 
     logits, before (B, classes, H, W); `before` carries no gradient: it is the target, or the loss would pull the
-    prediction that had better views towards the one that had worse. Warping blurs it, and so would a loss that asks
-    for its probabilities (`smear`: their mean squared difference). So its most probable class is the target, where
-    that is sure: cross-entropy with it is as low for a sharp line as for a blurred one that is as probable there.
+    prediction that had better views towards the one that had worse. Warping blurs it, and a loss that asks for just
+    these probabilities (`smear`) asks for a blurred map. So they need but lie within what the 3 x 3 cells around have
+    there: a sharp line does, and one that is a cell aside; one that comes or goes does not.
     """
     pose, K, ego_T_cam = batch["world_T_ego"], batch["K"], batch["ego_T_cam"]
     prev_T_cur = relative_pose(pose[:, -2], pose[:, -1])
@@ -258,11 +259,10 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
     carried, _ = warp(torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1), prev_T_cur, grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
-    if smear:
-        difference = (logits.float().softmax(1) - carried[:, :-1]).square().sum(1)  # (B, H, W)
-        return (difference * both).sum() / (sum_over_ranks(both.sum()) / RANKS).clamp(min=1 / RANKS)
-    probability, target = carried[:, :-1].max(1)  # (B, H, W) each
-    return segmentation_loss(logits, torch.where(both & (probability > SURE), target, IGNORE), (1.0,) * NUM_CLASSES)
+    now, then = logits.float().softmax(1), carried[:, :-1]  # (B, classes, H, W) each
+    low, high = (then, then) if smear else (-F.max_pool2d(-then, 3, 1, 1), F.max_pool2d(then, 3, 1, 1))
+    distance = (F.relu(now - high) + F.relu(low - now)).square().sum(1)  # (B, H, W)
+    return (distance * both).sum() / (sum_over_ranks(both.sum()) / RANKS).clamp(min=1 / RANKS)
 
 
 if __name__ == "__main__":
@@ -300,7 +300,8 @@ if __name__ == "__main__":
             parts["image"] = image_loss(model, batch["label"])
         if args.temporal != "off" and before is not None:
             parts["temporal"] = temporal_loss(logits, before, batch, config.grid, args.temporal == "smear")
-        weights = {"image": args.image, "temporal": args.temporal_weight}
+        # The last prediction is worth little at first: to stay near it then would only mean to learn slowly.
+        weights = {"image": args.image, "temporal": args.temporal_weight * batch["progress"]}
         return sum(weights.get(name, 1) * part for name, part in parts.items()), parts
 
     fit(model, frames, loss_fn, args, path)

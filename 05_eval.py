@@ -335,7 +335,7 @@ if __name__ == "__main__":
     if args.checkpoint == "ipm":
         model, config, seen = None, PRESETS[args.preset], []
     else:
-        checkpoint, model = load_checkpoint(args.checkpoint, "give one of 03_pretrain.py or 04_finetune.py")
+        checkpoint, model = load_checkpoint(args.checkpoint, "run 04_finetune.py, or give a checkpoint of 03 or 04")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
         config, seen = model.config, checkpoint["args"].get("seen", [])
         model.to(DEVICE).eval()

@@ -490,7 +490,8 @@ class LossOf(nn.Module):
 @watched()
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
-    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar); args: the flags of 03 or 04."""
+    loss_fn(batch) -> (loss, {name: float tensor} for the progress bar), where batch is a batch of Frames and has the
+    share of the training that is done ("progress"); args: the flags of 03 or 04."""
     keep_freed_memory()
     model.encoder.checkpointing = args.checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
@@ -514,6 +515,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             asked = time.time()
             batch = {k: v.to(DEVICE) for k, v in next(batches).items()}
             waited += time.time() - asked
+            batch["progress"] = i / args.steps
             batch_parts.append(batch)
             alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
             with (loss_of.no_sync() if alone else nullcontext()):
@@ -551,7 +553,7 @@ def record(curve, args, path):
     for name, colour in zip({name: None for losses in curve for name in losses}, LOSS_COLOURS):
         points = torch.tensor([(i, losses[name]) for i, losses in enumerate(curve) if name in losses])  # (T, 2)
         axes.plot(*torch.stack([part.mean(0) for part in points.split(n)]).T, colour, label=name)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {n} steps", ylim=(0, None), title=path.stem)
+    axes.set(xlabel="step", ylabel="loss" + f", mean of {n} steps" * (n > 1), ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(path.with_suffix(".png")) as file:
