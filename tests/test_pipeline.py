@@ -106,7 +106,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
-    ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal sure, not off"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal within, not off"),
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),
     ("03_pretrain.py", ["--temporal-weight", "nan", "--name", "b"], "and --temporal-weight are at least 0"),
     ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "5"], "was trained with temporal_weight 0.1, not 5.0"),
