@@ -37,7 +37,7 @@ CONDITIONS = ("day", "night", "rain")
 # Okabe and Ito's palette, distinguishable by colour-blind readers
 COLOURS = {"divider": (240, 228, 66), "ped_crossing": (86, 180, 233), "boundary": (213, 94, 0)}
 IGNORED, GROUND, INK, PAPER = (110, 110, 110), (45, 45, 45), (20, 20, 20), (255, 255, 255)
-ERRORS = {"hit": (0, 158, 115), "missed": (230, 159, 0), "false": (204, 121, 167)}  # of the same palette
+ERRORS = {"hit": (0, 158, 115), "missed": (0, 114, 178), "false": (204, 121, 167)}  # of the same palette
 YAWS = (0, -55, 55, 180, 110, -110)  # degrees to the left: where CAMERAS look
 VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 
