@@ -529,17 +529,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_the_curve_has_the_mean_of_the_parts_of_a_step(tmp_path):
-    args = argparse.Namespace(steps=1, batch_size=4, lr=1e-3, seed=0, accumulate=2, workers=0, bf16=False,
+    args = argparse.Namespace(steps=2, batch_size=4, lr=1e-3, seed=0, accumulate=2, workers=0, bf16=False,
                               checkpointing=False)
-    model, losses = BEVSegmenter(SMALL), []
+    model, losses, progress = BEVSegmenter(SMALL), [], []
 
     def loss_fn(batch):
+        progress.append(batch["progress"])
         losses.append(run_sequence(model, batch)[0].square().mean() * (1 + len(losses)))
         return losses[-1], {"loss": losses[-1]}
 
     fit(model, Pictures(), loss_fn, args, tmp_path / "a.pt")
     curve = load_checkpoint(tmp_path / "a.pt", "")[0]["curve"]
-    assert curve == [{"loss": pytest.approx((losses[0] + losses[1]).item() / 2)}] and losses[0] != losses[1]
+    assert curve == [{"loss": pytest.approx((losses[i] + losses[i + 1]).item() / 2)} for i in (0, 2)]
+    assert losses[0] != losses[1] and progress == [0, 0, 0.5, 0.5]  # what the temporal loss is weighed by
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
