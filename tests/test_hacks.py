@@ -59,7 +59,7 @@ truth = torch.from_numpy(bev)[None]
 assert "stop_line" in iou(count_overlap(truth, truth))["iou"]
 assert BEVSegmenter(PRESETS["toy"]).classify[-1].out_channels == 5
 segmentation_loss(torch.zeros(1, 5, 5, 4), truth, CLASS_WEIGHTS)
-assert importlib.import_module("05_eval").paint(truth[0], (0, 0, 0))[1, 1].tolist() == [0, 114, 178]
+assert importlib.import_module("05_eval").paint(truth[0], (0, 0, 0))[1, 1].tolist() == [230, 159, 0]
 """,
     "A height per cell.": """
 import torch
