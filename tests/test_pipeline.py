@@ -109,7 +109,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal within, not off"),
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),
     ("03_pretrain.py", ["--temporal-weight", "nan", "--name", "b"], "and --temporal-weight are at least 0"),
-    ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "5"], "was trained with temporal_weight 0.1, not 5.0"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was trained with temporal_weight 5.0, not 4.0"),
     ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with other view_range inf, now 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: run 04_finetune.py"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
