@@ -2,17 +2,14 @@
 import importlib
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import shapely
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from reproject import Grid, levelled, load_pt, pose_matrix
 
@@ -371,14 +368,12 @@ def test_share_near():
 def world(tmp_path_factory):
     """A toy world of two scenes; returns the folder that data/toy lies in."""
     cwd = tmp_path_factory.mktemp("bev gt")
-    subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
-                    "--frames", "2"], cwd=cwd, check=True, capture_output=True)
+    run_script("tests/toyworld.py", "--train-scenes", 1, "--val-scenes", 1, "--frames", 2, cwd=cwd).check_returncode()
     return cwd
 
 
 def run(cwd, *args, **environment):
-    return subprocess.run([sys.executable, ROOT / "02_bev_gt.py", *args], capture_output=True, text=True, cwd=cwd,
-                          env=os.environ | environment)
+    return run_script("02_bev_gt.py", *args, cwd=cwd, **environment)
 
 
 def fails(result, *words):

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 from test_bev_gt import rectangle, write_map
 from test_reproject import write_scene
@@ -242,8 +242,8 @@ def test_camera_images(tmp_path):
 def data(tmp_path_factory):
     """A toy world of two scenes, with small images and a map of a few lines. Returns the folder and its tables."""
     root = tmp_path_factory.mktemp("wörld with spaces 地図") / "data"
-    subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
-                    "--frames", "2", "--out", root], check=True, capture_output=True)
+    small = "--train-scenes", 1, "--val-scenes", 1, "--frames", 2
+    run_script("tests/toyworld.py", *small, "--out", root).check_returncode()
     for path in root.rglob("*.jpg"):
         Image.open(path).resize((64, 36)).save(path)
     tables = {path.stem: json.loads(path.read_text()) for path in (root / "v1.0-trainval").iterdir()}

@@ -1,11 +1,9 @@
 """The README's "Things to try": each diff is applied to a copy of the scripts, as it stands there, and run."""
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 SECTION = (ROOT / "README.md").read_text().partition("## Things to try")[2].partition("\n## ")[0]
 HACKS = dict(re.findall(r"\*\*(.+?)\*\*.*?```diff\n(.*?)```", SECTION, re.S))
@@ -99,5 +97,5 @@ def test_thing_to_try(name, tmp_path):
         shutil.copy(path, tmp_path)
     apply(HACKS[name], tmp_path)
     (tmp_path / "try.py").write_text(RUNS[name])
-    done = subprocess.run([sys.executable, "try.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = run_script(tmp_path / "try.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,10 @@
 """All five stages end to end, each as its own process, on a world of two scenes; and their bad input, one line each."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 from test_model import official_state
 
@@ -16,8 +14,7 @@ from reproject import CAMERAS, learning_rate, save_pt
 
 def run(script, *args, cwd, ok=True):
     """Run a script of the repository in `cwd`; returns its output. With ok=False it must fail in one clear line."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    result = run_script(script, *args, cwd=cwd)
     if ok:
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
@@ -232,8 +229,7 @@ def test_a_damaged_picture_is_named_by_a_worker_too(world, tmp_path):
     frames["image"][1][2] = frames["image"][1][2][:500]
     save_pt(frames, tmp_path / f"out/frames/{scene}.pt")
     for workers in (0, 1):
-        command = [sys.executable, ROOT / "03_pretrain.py", "--steps", "9", "--name", "b", "--workers", str(workers)]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        result = run_script("03_pretrain.py", "--steps", 9, "--name", "b", "--workers", workers, cwd=tmp_path)
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert f"frames/{scene}.pt: image of frame 1 is damaged" in result.stderr
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 
 from model import PRESETS
@@ -139,8 +139,8 @@ def world(tmp_path_factory):
     from transformers import (Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor,
                               ResNetConfig)
     cwd = tmp_path_factory.mktemp("pseudo labels")
-    subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
-                    "--frames", "2", "--sweeps", "5"], cwd=cwd, check=True, capture_output=True)
+    small = "--train-scenes", 1, "--val-scenes", 1, "--frames", 2, "--sweeps", 5
+    run_script("tests/toyworld.py", *small, cwd=cwd).check_returncode()
     torch.manual_seed(0)
     backbone = ResNetConfig(embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1],
                             out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -154,7 +154,7 @@ def world(tmp_path_factory):
 
 
 def run(cwd, *args):
-    return subprocess.run([sys.executable, ROOT / "01_pseudolabel.py", *args], capture_output=True, text=True, cwd=cwd)
+    return run_script("01_pseudolabel.py", *args, cwd=cwd)
 
 
 def fails(result, *words):
@@ -411,7 +411,9 @@ def test_broken_images(world, tmp_path):
 
 def test_segmenters_that_are_none(world, tmp_path):
     out, good = tmp_path / "out", world / "tests/toy_segmenter"
-    fails(run(world, "--out", out, "--segmenter", "nobody/has-this-model"), "nobody/has-this-model", "neither a folder")
+    # Whether there is a network, transformers is told when it is imported: not by run_script, which has imported it.
+    absent = [sys.executable, ROOT / "01_pseudolabel.py", "--out", out, "--segmenter", "nobody/has-this-model"]
+    fails(subprocess.run(absent, cwd=world, capture_output=True, text=True), absent[-1], "neither a folder")
     cut = tmp_path / "cut"
     shutil.copytree(good, cut)
     weights = cut / "model.safetensors"

@@ -11,30 +11,38 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import reproject
 from model import PRESETS
 from reproject import Frames, read_splits
 
-LIGHT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+# The stages that are killed: how long they take, in seconds, or so.
+LONGEST = {"01_pseudolabel.py": 2, "02_bev_gt.py": 0.6, "03_pretrain.py": 5, "04_finetune.py": 4, "05_eval.py": 1}
+LIGHT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 # A stage as it is, but that it saves after every step instead of every minute.
-EAGER = "import functools, runpy, sys; sys.path.insert(0, {root!r}); import model; " \
-        "model.fit = functools.partial(model.fit, minutes=0); sys.argv = sys.argv[1:]; " \
-        "runpy.run_path({root!r} + '/' + sys.argv[0], run_name='__main__')".format(root=str(ROOT))
+EAGER = """
+import functools, runpy, sys
+sys.path.insert(0, {root!r})
+import model
+model.fit = functools.partial(model.fit, minutes=0)
+del sys.argv[0]
+runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
+""".format(root=str(ROOT))
 
 
-def run(*command, cwd):
-    """A command's output; it must succeed."""
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=LIGHT, capture_output=True, text=True, timeout=300)
+def run(script, *flags, cwd):
+    """Run a stage, which must succeed."""
+    done = run_script(script, *flags, cwd=cwd, **LIGHT)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
-def torchrun(*command, cwd):
+def torchrun(script, *flags, cwd):
     """The same, as two processes."""
-    launcher = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
-    return run(*launcher, ROOT / command[0], *command[1:], cwd=cwd)
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / script, *flags
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=os.environ | LIGHT, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +50,9 @@ def world(tmp_path_factory):
     """Two train scenes and a val scene, labelled and rasterised. Returns the working folder."""
     cwd = tmp_path_factory.mktemp("world")
     flags = "--train-scenes", 2, "--val-scenes", 2, "--frames", 3
-    run(sys.executable, ROOT / "tests/toyworld.py", *flags, cwd=cwd)
-    run(sys.executable, ROOT / "01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", cwd=cwd)
-    run(sys.executable, ROOT / "02_bev_gt.py", cwd=cwd)
+    run("tests/toyworld.py", *flags, cwd=cwd)
+    run("01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", cwd=cwd)
+    run("02_bev_gt.py", cwd=cwd)
     return cwd
 
 
@@ -67,7 +75,7 @@ def same(a, b):
 @pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("04_finetune.py", ["--init", "scratch"])))
 def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
     flags = *flags, "--steps", 5, "--batch-size", 4, "--lr", 2e-5, "--name"
-    run(sys.executable, ROOT / script, *flags, "one", cwd=world)
+    run(script, *flags, "one", cwd=world)
     torchrun(script, *flags, "two", cwd=world)
     one, two = (load(world / f"out/{name}.pt") for name in ("one", "two"))
     for name in ("one", "two"):
@@ -99,8 +107,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_parts_of_a_step_add_up(world):
     """Without BatchNorm's statistics, which are those of a part, two parts would be exactly the whole; so: nearly."""
     flags = "--init", "scratch", "--steps", 2, "--batch-size", 4, "--lr", 2e-5, "--name"
-    run(sys.executable, ROOT / "04_finetune.py", *flags, "whole", cwd=world)
-    run(sys.executable, ROOT / "04_finetune.py", *flags, "parts", "--accumulate", 2, cwd=world)
+    run("04_finetune.py", *flags, "whole", cwd=world)
+    run("04_finetune.py", *flags, "parts", "--accumulate", 2, cwd=world)
     whole, parts = (load(world / f"out/{name}.pt")["optimizer"]["state"] for name in ("whole", "parts"))
     mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in x.values()]) for x in (whole, parts))
     assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.9
@@ -111,8 +119,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(world):
     shutil.rmtree(world / "out/eval", ignore_errors=True)
     scores = []
     for start in (run, torchrun):
-        command = ("05_eval.py",) if start is torchrun else (sys.executable, ROOT / "05_eval.py")
-        start(*command, "--checkpoint", "ipm", "--pictures", 4, cwd=world)
+        start("05_eval.py", "--checkpoint", "ipm", "--pictures", 4, cwd=world)
         assert sorted(path.name for path in (world / "out/eval").iterdir()) == [
             "distance.png", "metrics.json", *(f"sample_{k}.png" for k in range(4))]
         scores.append((world / "out/eval/metrics.json").read_text())
@@ -137,21 +144,16 @@ def test_processes_share_the_scenes_that_they_score(world, monkeypatch):
 
 # ---------------------------------------------------------------- kill -9
 
-def kill_until_done(command, cwd, rng, longest):
-    """Start a command again and again, kill it at random moments, the last time let it end. Returns the kills."""
-    kills = 0
-    while kills < 2:
-        process = subprocess.Popen([*map(str, command)], cwd=cwd, env=LIGHT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(rng.uniform(2, longest)) == 0
+def kill_until_done(eager, script, flags, cwd, rng):
+    """Run a stage and kill -9 it at a random moment, twice if it does not end before; then let it end. Returns how
+    often it was killed."""
+    for kills in range(2):
+        done = run_script(eager, script, *flags, cwd=cwd, seconds=rng.uniform(0.1, LONGEST[script]), **LIGHT)
+        if done.returncode == 0:
             return kills
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    run(*command, cwd=cwd)
-    return kills
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    run(eager, script, *flags, cwd=cwd)
+    return 2
 
 
 def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
@@ -159,11 +161,11 @@ def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
     segmenter = ["--segmenter", ROOT / "tests/toy_segmenter", "--dataroot", world / "data/toy"]
     commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 8],
                 "04_finetune.py": ["--steps", 8], "05_eval.py": ["--pictures", 0]}
-    kills = {}
+    kills, eager = {}, tmp_path / "eager.py"
+    eager.write_text(EAGER)
     for script, flags in commands.items():
-        kills[script] = kill_until_done([sys.executable, "-c", EAGER, script, *flags], tmp_path, rng, 8)
-        (tmp_path / "whole").mkdir(exist_ok=True)
-        run(sys.executable, ROOT / script, *flags, "--out", "whole", cwd=tmp_path)
+        kills[script] = kill_until_done(eager, script, flags, tmp_path, rng)
+        run(script, *flags, "--out", "whole", cwd=tmp_path)
     print(kills)
     files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.pt")
                    if "previous" not in path.name)
@@ -180,12 +182,12 @@ def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
 
 def test_a_second_run_of_that_name_is_refused(world):
     flags = [sys.executable, ROOT / "03_pretrain.py", "--steps", "2000", "--name", "busy"]
-    first = subprocess.Popen(flags, cwd=world, env=LIGHT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(flags, cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (world / "out/.busy.pt.lock").exists():
             time.sleep(0.1)
         time.sleep(0.5)
-        second = subprocess.run(flags, cwd=world, env=LIGHT, capture_output=True, text=True)
+        second = subprocess.run(flags, cwd=world, capture_output=True, text=True)
     finally:
         first.kill()
         first.wait()

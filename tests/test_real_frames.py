@@ -7,15 +7,13 @@ mirrored, turned or shifted, which must do much worse. Pictures to look at are l
 """
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 
 from model import PRESETS
@@ -36,8 +34,7 @@ def key_frames(tmp_path_factory):
     out = tmp_path_factory.mktemp("real frames")
     segmenter = ROOT / "tests/toy_segmenter"  # its labels are not looked at here: stage 01 brings the cameras
     for script, *args in (["01_pseudolabel.py", "--segmenter", segmenter], ["02_bev_gt.py"]):
-        command = [sys.executable, ROOT / script, "--dataroot", FRAGMENT, "--version", "v1.0-mini", "--out", out, *args]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = run_script(script, "--dataroot", FRAGMENT, "--version", "v1.0-mini", "--out", out, *args)
         assert result.returncode == 0, result.stderr
     nusc, found = NuScenes("v1.0-mini", str(FRAGMENT), verbose=False), []
     for path in sorted((out / "frames").iterdir()):
@@ -147,14 +144,14 @@ def test_stages_03_to_05_run_and_overfit(key_frames):
                           ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "200",
                            "--batch-size", "3", "--lr", "3e-3"],
                           ["05_eval.py", "--checkpoint", out / "finetune.pt", "--split", "train"]):
-        result = subprocess.run([sys.executable, ROOT / script, "--out", out, *args], capture_output=True, text=True)
+        result = run_script(script, "--out", out, *args)
         assert result.returncode == 0, result.stderr
     assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.8  # measured: 0.94
 
 
 def run(script, *args):
     """A stage's stderr; it must succeed, or stop with one line."""
-    result = subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True)
+    result = run_script(script, *args)
     assert "Traceback" not in result.stderr, result.stderr
     return result.returncode, result.stderr.strip()
 

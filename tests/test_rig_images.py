@@ -1,12 +1,10 @@
 """A rig of one's own through stage 05, against the network fed by hand."""
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_script
 from PIL import Image
 from rig import camera, intrinsics, surround
 
@@ -37,8 +35,7 @@ def write_rig(folder, images, K, ego_T_cam, order=None):
 
 def run(folder, *flags):
     """Stage 05 in `folder`; returns the finished process."""
-    command = [sys.executable, ROOT / "05_eval.py", "--checkpoint", "net.pt", *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return run_script("05_eval.py", "--checkpoint", "net.pt", *flags, cwd=folder)
 
 
 RIG = "--images", ".", "--calibration", "rig.json"
