@@ -21,7 +21,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys

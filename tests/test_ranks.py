@@ -17,7 +17,7 @@ import reproject
 from model import PRESETS
 from reproject import Frames, read_splits
 
-LIGHT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+LIGHT = {"OMP_NUM_THREADS": "1"}
 # A stage as it is, but that it saves after every step instead of every minute.
 EAGER = """
 import functools, runpy, sys
