@@ -34,7 +34,7 @@ from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, is_finished, kee
                        make_meta, open_tables, positive, read_json, save_json, save_pt, watched, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
-PIECE = 1.5  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
+PIECE = 1.25  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
 SEAM = 0.02  # m; lanes that should abut may be drawn apart by up to twice this and still count as one road
 SHARES = (70, 15, 15)  # % of the key frames on each side of the geo split
 NEAR = 5.0  # m; a key frame that is so near one to train on shows the same street
@@ -54,7 +54,7 @@ def parse_args():
 
 
 def read_map(path):
-    """Read a map expansion JSON: {class name: STRtree}, of line pieces or of polygons, in metres in the world frame.
+    """Read a map expansion JSON: {class name: STRtree}, of line pieces or of polygons' rings, in metres in the world.
 
     The devkit's NuScenesMap is left out: it knows four locations by name, and its line masks fail on Shapely 2.
     """
@@ -84,8 +84,8 @@ def read_map(path):
 
 
 def one_way(polygons):
-    """The polygons, every outline running one way and every hole the other; a bow tie becomes two triangles."""
-    return shapely.normalize(shapely.get_parts(shapely.make_valid(polygons)))
+    """The rings of polygons, outlines running one way and holes the other; a bow tie becomes two triangles."""
+    return shapely.get_rings(shapely.normalize(shapely.get_parts(shapely.make_valid(polygons))))
 
 
 def contour(road):
@@ -136,12 +136,12 @@ def draw_lines(ends, value, shape, reach):
     return drawn[n:n + shape[0], n:n + shape[1]]
 
 
-def fill_polygons(polygons, shape):
-    """Cells bool whose centre lies inside one of the shapely polygons, whose points are (row, column), in cells.
+def fill_rings(points, ring, shape):
+    """Cells (H, W) bool whose centre lies inside polygons: points (P, 2) of their rings as (row, column) in cells, ring
+    (P,) the number of each point's ring.
 
-    They are from one_way: along a row, each edge that leads into a polygon counts 1, and each that leads out -1.
+    The rings are from one_way: along a row, each edge that leads into a polygon counts 1, and each that leads out -1.
     """
-    points, ring = shapely.get_coordinates(shapely.get_rings(polygons), return_index=True)
     edges = np.stack((points[:-1], points[1:]), 1)[ring[:-1] == ring[1:]]  # (E, 2, 2)
     centre = np.arange(shape[0]) + 0.5
     start, end = edges[:, :, :1].swapaxes(0, 1)  # (E, 1) each: their rows
@@ -170,12 +170,14 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     near = {name: tree.geometries[tree.query(window)] for name, tree in road_map.items()}
     bev = np.zeros(grid.shape, np.uint8)
     for name in ("ped_crossing",):  # areas; lines lie on top of them
-        bev[fill_polygons(shapely.transform(near[name], to_cells), grid.shape)] = CLASSES.index(name)
+        points, ring = shapely.get_coordinates(near[name], return_index=True)
+        bev[fill_rings(to_cells(points), ring, grid.shape)] = CLASSES.index(name)
     lines = ("divider", "boundary")  # later ones lie on top
     ends = to_cells(shapely.get_coordinates(np.concatenate([near[name] for name in lines]))).reshape(-1, 2, 2)
     value = np.repeat([CLASSES.index(name) for name in lines], [len(near[name]) for name in lines])
     drawn = draw_lines(ends, value, grid.shape, margin / grid.cell)
-    return np.where(drawn, drawn, bev)
+    np.copyto(bev, drawn, where=drawn > 0)
+    return bev
 
 
 def rasterise_scene(road_map, config, scene):

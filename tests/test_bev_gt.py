@@ -177,8 +177,8 @@ def test_crossings_against_the_devkit(fragment):
     from nuscenes.map_expansion.map_api import NuScenesMap
     devkit = NuScenesMap(str(fragment), "boston-seaport")
     ours, grid = stage.read_map(fragment / "maps/expansion/boston-seaport.json"), Grid((-30, 30), (-15, 15), 0.1)
-    polygon = ours["ped_crossing"].geometries[0]
-    x, y = polygon.centroid.x - 5, polygon.centroid.y + 2
+    ring = ours["ped_crossing"].geometries[0]
+    x, y = ring.centroid.x - 5, ring.centroid.y + 2
     for degrees in (0, 33, 200):
         world_T_ego = pose(x, y, degrees)
         bev = stage.rasterise({**road_map(), "ped_crossing": ours["ped_crossing"]}, world_T_ego, grid, 0.75) == 2
@@ -188,9 +188,9 @@ def test_crossings_against_the_devkit(fragment):
         assert bev.sum() > 3000  # 30 square metres
         different = bev != theirs
         assert different.sum() < 0.06 * bev.sum()
-        rim = ((grid.x_range[1], grid.y_range[1]) - (shapely.get_coordinates(stage.pieces(
-            [shapely.get_coordinates(ring) for p in ours["ped_crossing"].geometries
-             for ring in shapely.get_rings(p)])) - (x, y)) @ world_T_ego[:2, :2].numpy()).reshape(-1, 2, 2) / 0.1
+        rings = stage.pieces([shapely.get_coordinates(ring) for ring in ours["ped_crossing"].geometries])
+        xy_ego = (shapely.get_coordinates(rings) - (x, y)) @ world_T_ego[:2, :2].numpy()
+        rim = grid.cells(xy_ego).reshape(-1, 2, 2)
         assert not (different & (stage.draw_lines(rim, np.ones(len(rim)), grid.shape, 1.5) == 0)).any()
 
 
@@ -231,7 +231,9 @@ def test_read_map(tmp_path):
     path.write_text(json.dumps(table))
     got = stage.read_map(path)
     assert shapely.length(got["divider"].geometries).sum() == pytest.approx(7)
-    assert shapely.area(got["ped_crossing"].geometries).tolist() == [15]
+    outline, hole = got["ped_crossing"].geometries
+    assert shapely.area(shapely.polygons([outline, hole])).tolist() == [16, 1]
+    assert shapely.is_ccw(outline) != shapely.is_ccw(hole)
     assert shapely.length(got["boundary"].geometries).sum() == pytest.approx(100)  # 40 x 10 m, no line at x = 20
 
 
