@@ -201,7 +201,7 @@ def test_malicious_pickles_are_refused(tmp_path):
     path, proof = tmp_path / "x.pt", tmp_path / "proof"
     for name, write in {"zip": lambda: torch.save({"a": Malicious(proof)}, path),
                         "old": lambda: torch.save({"a": Malicious(proof)}, path, _use_new_zipfile_serialization=False),
-                        "raw": lambda: path.write_bytes(pickle.dumps(Malicious(proof)))}.items():
+                        "raw": lambda: path.write_bytes(pickle.dumps(Malicious(proof), protocol=2))}.items():
         write()
         tally("malicious pickles", lambda: load_pt(path, "run 01"), None, "x.pt is damaged or no .pt file")
         assert not proof.exists(), name
