@@ -59,9 +59,9 @@ def read_map(path):
     The devkit's NuScenesMap is left out: it knows four locations by name, and its line masks fail on Shapely 2.
     """
     table = read_json(path, f"get {EXPANSION}")
-    if not isinstance(table, dict) or tuple(str(table.get("version", "1.0")).split(".")) < ("1", "3"):
-        sys.exit(f"error: {path} is older than version 1.3 of the map expansion: get {EXPANSION}")
     try:
+        if [int(number) for number in table.get("version", "1.0").split(".")] < [1, 3]:
+            sys.exit(f"error: {path} is older than version 1.3 of the map expansion: get {EXPANSION}")
         node = {record["token"]: (record["x"], record["y"]) for record in table["node"]}
         line = {record["token"]: [node[token] for token in record["node_tokens"]] for record in table["line"]}
         rings = {record["token"]: [record["exterior_node_tokens"], *(hole["node_tokens"] for hole in record["holes"])]
@@ -85,7 +85,8 @@ def read_map(path):
 
 def one_way(polygons):
     """The rings of polygons, outlines running one way and holes the other; a bow tie becomes two triangles."""
-    return shapely.get_rings(shapely.normalize(shapely.get_parts(shapely.make_valid(polygons))))
+    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(polygons)))  # collections of multipolygons
+    return shapely.get_rings(shapely.normalize(parts))
 
 
 def contour(road):
@@ -268,6 +269,7 @@ if __name__ == "__main__":
         for location, scenes in todo.items():
             road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
             draw = partial(rasterise_scene, road_map, config)
+            # A DataLoader as a pool of processes: it hands out the scenes one by one, and each worker draws its own.
             for content in torch.utils.data.DataLoader(scenes, None, num_workers=args.workers, collate_fn=draw):
                 content |= {"meta": metas[location], "bev": torch.from_numpy(content["bev"])}
                 save_pt(content, folder / f"{content['scene']}.pt")

@@ -67,6 +67,14 @@ def test_polygon_with_hole(way):
     assert filled(bev, "ped_crossing") == inside
 
 
+def test_a_bow_tie_with_a_spike_keeps_its_triangles():
+    """make_valid makes it a collection of a multipolygon and a line; the triangles are to be drawn all the same."""
+    bow_tie = [(-2, -2), (2, 2), (2, -2), (-2, 2)]
+    plain, spiked = (filled(stage.rasterise(road_map(ped_crossing=[ring]), HERE, GRID, 0.5), "ped_crossing")
+                     for ring in (bow_tie, [*bow_tie, (-2, 3), (-2, 2)]))
+    assert plain == spiked and len(plain) == 32  # 8 square metres in cells of 0.25
+
+
 def test_polygon_partly_outside_the_window():
     bev = stage.rasterise(road_map(ped_crossing=[[(5, 3), (9, 3), (9, 9), (5, 9)]]), HERE, GRID, 0.5)
     assert filled(bev, "ped_crossing") == {(r, c) for r in (0, 1) for c in (0, 1)}
@@ -267,10 +275,11 @@ def test_boundary_is_never_the_window(tmp_path):
 @pytest.mark.parametrize("spoil, says", [
     (lambda text: text[:500], "damaged"),
     (lambda text: text.replace('"version": "1.3"', '"version": "1.2"'), "older than version 1.3"),
+    (lambda text: text.replace('"version": "1.3"', '"version": "new"'), "damaged"),
     (lambda text: text.replace('"version": "1.3", ', ""), "older than version 1.3"),
     (lambda text: text.replace('"line": ', '"enil": '), "damaged"),
     (lambda text: text.replace('"n0"', '"n99"', 1), "damaged"),
-    (lambda text: "[]", "older than version 1.3")])
+    (lambda text: "[]", "damaged")])
 def test_spoilt_maps(tmp_path, spoil, says):
     path = tmp_path / "town.json"
     write_map(path, ped_crossing=[[rectangle(x, 0, x + 2, 4)] for x in range(5)])
@@ -280,6 +289,14 @@ def test_spoilt_maps(tmp_path, spoil, says):
     message = str(stop.value.code)
     assert message.startswith("error: ") and "\n" not in message
     assert "town.json" in message and says in message and "nuScenes-map-expansion-v1.3.zip" in message
+
+
+def test_later_versions_of_the_map_are_taken(tmp_path):
+    path = tmp_path / "town.json"
+    write_map(path, ped_crossing=[[rectangle(0, 0, 2, 4)]])
+    for version in ("1.3", "1.10", "2.0"):
+        path.write_text(path.read_text().replace('"version": "1.3"', f'"version": "{version}"'))
+        assert len(stage.read_map(path)["ped_crossing"].geometries) == 1
 
 
 def test_official_splits():
