@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, encode, inverse, is_finished,
+from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, encode, is_finished,
                        keep_freed_memory, key_frames, levelled, look_up, make_meta, open_tables, pose_matrix, pose_of,
                        recorded, save_pt, watched, world_from_ego)
 
@@ -229,7 +229,7 @@ def read_scene(nusc, scene, image_size, sweeps=0):
         for data in records:
             sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
             # The car has moved on since the time of the view: that of LIDAR_TOP, or between key frames of CAM_FRONT.
-            frames["ego_T_cam"].append(inverse(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
+            frames["ego_T_cam"].append(torch.linalg.inv(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
             if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) < 1:
                 sys.exit(f"error: {nusc.table_root} gives {data['filename']} no size or focal length: unpack it again")
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
@@ -274,6 +274,9 @@ if __name__ == "__main__":
     args = parse_args()
     if min(args.batch_size, args.workers, *args.segmenter_size) < 1 or args.sweeps < 0:
         sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1, --sweeps at least 0")
+    if any(size % 32 for size in args.segmenter_size):
+        sys.exit("error: --segmenter-size: give multiples of 32, the coarsest step of the segmenter's features, or its "
+                 "masks are shifted against the image")
     if not 0 <= args.min_confidence <= 1:
         sys.exit(f"error: --min-confidence {args.min_confidence} is no probability: give a number from 0 to 1")
 

@@ -261,7 +261,7 @@ def run_here(script, root, monkeypatch, *args):
     blind = torch.nn.Module()
     blind.forward = lambda images: SimpleNamespace(class_queries_logits=torch.zeros(len(images), 2, 14),
                                                    masks_queries_logits=images.mean(1, keepdim=True).repeat(1, 2, 1, 1))
-    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "18", "32", "--workers", "1"]
+    small = ["--segmenter", str(ROOT / "tests/toy_segmenter"), "--segmenter-size", "32", "64", "--workers", "1"]
     out = root.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     with monkeypatch.context() as patch:
@@ -438,6 +438,9 @@ def test_memory_that_runs_out():
     for message in ("shapes cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nshapes"):
         with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
             fails(RuntimeError(message))
+
+    with pytest.raises(NotImplementedError):  # without a word
+        fails(NotImplementedError())
 
     def real():
         before = resource.getrlimit(resource.RLIMIT_AS)
