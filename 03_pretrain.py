@@ -24,6 +24,8 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every
     torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 60000 --batch-size 32 --lr 4e-4 --workers 8
 """
 import argparse
+import hashlib
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -35,8 +37,8 @@ from tqdm import tqdm
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
 from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
                        RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
-                       load_artifact, make_meta, pixels_to_ground, positive, read_splits, relative_pose, render,
-                       save_pt, sum_over_ranks, warp)
+                       load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits, relative_pose,
+                       render, save_pt, sum_over_ranks, warp)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
@@ -63,15 +65,15 @@ def parse_args():
     parser.add_argument("--target", default="consensus", choices=("consensus", "painted", "rendered"),
                         help="what the map is compared with: what the scene's cameras agree on, in the style of a map "
                         "or as painted; or the labels of its own frame's cameras, into which it is rendered")
-    parser.add_argument("--view-range", type=float, default=math.inf,
+    parser.add_argument("--view-range", type=not_negative, default=math.inf,
                         help="s; views within this time of a frame take part in its consensus (0: it alone)")
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
-    parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
+    parser.add_argument("--image", type=not_negative, default=3.0, help="weight of the loss on the image features")
     parser.add_argument("--temporal", default="within", choices=TEMPORAL, help="form of the temporal loss")
-    parser.add_argument("--temporal-weight", type=float, help="its weight at the end, to which it grows from 0 (by "
-                        "default the form's usual one)")
+    parser.add_argument("--temporal-weight", type=not_negative, help="its weight at the end, to which it grows from 0 "
+                        "(by default the form's usual one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -113,20 +115,20 @@ def cast_votes(frames, index, views, args, slope=0.0):
     level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # seen from the slope
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
-        # (N, h, w, 2) m, (N, h, w) m
-        xy_ego, distance = pixels_to_ground(scene["K"][t], level_T_ego @ scene["ego_T_cam"][t], label.shape[-2:])
+        ego_T_cam = level_T_ego @ scene["ego_T_cam"][t]
+        xy_ego, distance = pixels_to_ground(scene["K"][t], ego_T_cam, label.shape[-2:])  # (N, h, w, 2), (N, h, w)
         if args.margin < 0:
             label = torch.where(label == IGNORE, 0, label)
         # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
         margin = max(args.margin, 0)
         hidden = F.max_pool2d((label == IGNORE).float(), 2 * margin + 1, 1, margin) > 0
-        counts = (distance <= MAX_RANGE) & ~hidden
+        voting = (distance <= MAX_RANGE) & ~hidden
         world_T_ego = scene["world_T_ego"][t]
-        xy_world = xy_ego[counts].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
+        xy_world = xy_ego[voting].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
         row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each
         # Beyond 6 m or so a pixel of a car's camera covers more ground than a cell, and ever more with d squared.
-        weight = 1 / (1 + (distance[counts] / 6) ** 2)
-        votes += torch.bincount((label[counts].long() * X + row) * Y + column, weight, len(votes))
+        weight = 1 / (1 + (distance[voting] / 6) ** 2)
+        votes += torch.bincount((label[voting].long() * X + row) * Y + column, weight, len(votes))
     return votes.view(-1, X, Y), corner
 
 
@@ -136,13 +138,13 @@ def middle_of_lines(share):
     Returns row (P,), column (P,) of these cells and the direction of the line there (P,): radians, from a step in rows
     (0) to one in columns (pi / 2), modulo pi. A spot that is as wide as it is long has no direction and is left out.
     """
-    n = round(1.5 / RASTER)
-    dx, dy = torch.meshgrid(*[torch.arange(-n, n + 1.0)] * 2, indexing="ij")
-    disc = ((dx ** 2 + dy ** 2 <= n * n) & (dx ** 2 + dy ** 2 > 0)).float()
+    radius = round(1.5 / RASTER)
+    dx, dy = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing="ij")
+    disc = ((dx ** 2 + dy ** 2 <= radius ** 2) & (dx ** 2 + dy ** 2 > 0)).float()
     # Twice the angle, so that the two ends of a line agree on its direction instead of cancelling out.
     angle = 2 * torch.atan2(dy, dx)
-    kernels = disc * torch.stack((angle.cos(), angle.sin(), torch.ones_like(angle)))  # (3, 2n+1, 2n+1)
-    cos, sin, total = F.conv2d(share[None, None], kernels[:, None], padding=n)[0]  # (X, Y) each
+    kernels = disc * torch.stack((angle.cos(), angle.sin(), torch.ones_like(angle)))  # (3, n, n), n = 2 * radius + 1
+    cos, sin, total = F.conv2d(share[None, None], kernels[:, None], padding=radius)[0]  # (X, Y) each
     elongated = (cos ** 2 + sin ** 2).sqrt() > 0.35 * total
     row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
     direction = torch.atan2(sin, cos)[row, column] / 2
@@ -184,19 +186,19 @@ def consensus(frames, index, config, args):
 
     Cells that no camera has seen are IGNORE. With --target painted, lines stay as wide and as dashed as labelled.
     """
-    scene, maps, known = frames.scenes[index], [], {}
+    scene, maps, drawn = frames.scenes[index], [], {}
     slope = find_slope(frames, index, args) if args.slope else 0.0
     cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
     for t, world_T_ego in enumerate(scene["world_T_ego"][:len(scene["token"])]):
         away = (scene["timestamp"] - scene["timestamp"][t]).abs()  # (views,) microseconds
         views = tuple((away <= 1e6 * args.view_range).nonzero().flatten().tolist())
-        if views not in known:
+        if views not in drawn:
             votes, corner = cast_votes(frames, index, views, args, slope)
-            known[views] = draw(votes, config, args.target == "painted"), corner
-        world, corner = known[views]
+            drawn[views] = draw(votes, config, args.target == "painted"), corner
+        ground_map, corner = drawn[views]  # (X, Y), (2,)
         row, column = ((cells @ world_T_ego[:2, :2].T + world_T_ego[:2, 3] - corner) / RASTER).floor().long().unbind(-1)
-        inside = (row >= 0) & (row < world.shape[0]) & (column >= 0) & (column < world.shape[1])  # (H, W)
-        maps.append(torch.where(inside, world[row * inside, column * inside], IGNORE))
+        inside = (row >= 0) & (row < ground_map.shape[0]) & (column >= 0) & (column < ground_map.shape[1])  # (H, W)
+        maps.append(torch.where(inside, ground_map[row * inside, column * inside], IGNORE))
     return torch.stack(maps)
 
 
@@ -204,9 +206,10 @@ def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
     scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"
     settings = {key: getattr(args, key) for key in CONSENSUS_FLAGS}
-    lines = {name: list(lengths) for name, lengths in LINES.items()}
-    style = {"max_range": MAX_RANGE, "raster": RASTER, "stray": STRAY, "lines": lines}
-    meta = make_meta(config, {**scene["meta"]["source"], **settings, **style})
+    # A change of what follows, here or in the source of a function, makes another consensus.
+    rules = map(inspect.getsource, (find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw))
+    rules = hashlib.sha256(repr((MAX_RANGE, RASTER, STRAY, LINES, *rules)).encode()).hexdigest()[:12]
+    meta = make_meta(config, {**scene["meta"]["source"], **settings, "rules": rules})
     if not is_finished(path, meta, FRAMES_META + GRID_META, scene["token"], remedy):
         save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
                  "bev": consensus(frames, index, config, args)}, path)
@@ -214,7 +217,8 @@ def stored_consensus(path, frames, index, config, args):
 
 
 def draw(votes, config, as_painted):
-    """The map (X, Y) uint8 that the votes (classes, X, Y) stand for, in the style of the ground truth."""
+    """The map (X, Y) uint8 that the votes (classes, X, Y) stand for: in the style of the ground truth or, as_painted,
+    the class with most votes in each cell."""
     if as_painted:
         return torch.where(votes.sum(0) > 0, votes.argmax(0), IGNORE).byte()
     reach = torch.arange(-3, 4) * RASTER
@@ -222,15 +226,15 @@ def draw(votes, config, as_painted):
     votes = F.conv2d(votes[:, None], (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None], padding=3)[:, 0]
     total = votes.sum(0)  # (X, Y)
     share = votes / total.clamp(min=1e-6)  # (classes, X, Y)
-    world = torch.where(total > 1e-4, 0, IGNORE).byte()
-    world[share[CLASSES.index("ped_crossing")] > 0.4] = CLASSES.index("ped_crossing")
-    n = int(config.line_width / 2 / RASTER)
-    dx, dy = torch.meshgrid(*[torch.arange(-n, n + 1)] * 2, indexing="ij")
-    disc = (dx ** 2 + dy ** 2 <= n * n).float()[None, None]
+    ground_map = torch.where(total > 1e-4, 0, IGNORE).byte()
+    ground_map[share[CLASSES.index("ped_crossing")] > 0.4] = CLASSES.index("ped_crossing")
+    radius = int(config.line_width / 2 / RASTER)
+    dx, dy = torch.meshgrid(*[torch.arange(-radius, radius + 1)] * 2, indexing="ij")
+    disc = (dx ** 2 + dy ** 2 <= radius ** 2).float()[None, None]
     for name, lengths in LINES.items():  # in the order in which classes lie over each other in the ground truth
         line = join_dashes(*middle_of_lines(share[CLASSES.index(name)]), total.shape, *lengths)  # (X, Y)
-        world[F.conv2d(line[None, None].float(), disc, padding=n)[0, 0] > 0] = CLASSES.index(name)
-    return world
+        ground_map[F.conv2d(line[None, None].float(), disc, padding=radius)[0, 0] > 0] = CLASSES.index(name)
+    return ground_map
 
 
 # ---------------------------------------------------------------- losses
@@ -257,7 +261,8 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     prev_T_cur = relative_pose(pose[:, -2], pose[:, -1])
     seen = [cells_in_cameras(K[:, t], ego_T_cam[:, t], batch["label"].shape[-2:], grid)[1].any(1) for t in (-2, -1)]
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
-    carried, _ = warp(torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1), prev_T_cur, grid)
+    then = torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1)  # (B, classes + 1, H, W)
+    carried, _ = warp(then, prev_T_cur, grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     now, then = logits.float().softmax(1), carried[:, :-1]  # (B, classes, H, W) each
     low, high = (then, then) if smear else (-F.max_pool2d(-then, 3, 1, 1), F.max_pool2d(then, 3, 1, 1))
@@ -270,8 +275,8 @@ if __name__ == "__main__":
     check_training(args)
     if args.temporal_weight is None:
         args.temporal_weight = TEMPORAL[args.temporal]
-    if args.margin < -1 or not all(x >= 0 for x in (args.view_range, args.image, args.temporal_weight)):
-        sys.exit("error: --margin is at least -1; --view-range, --image and --temporal-weight are at least 0")
+    if args.margin < -1:
+        sys.exit(f"error: --margin {args.margin}: give -1 or more")
     path = Path(args.out) / f"{args.name}.pt"
     lock = claim(path)
     join_ranks()

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, fit, image_loss, initial_model, load_checkpoint, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CONSENSUS_FLAGS, DEVICE, SPLITS, Frames, check_training, claim, join_ranks,
-                       positive, read_splits)
+from model import PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
+from reproject import (CLASS_WEIGHTS, DEVICE, SPLITS, Frames, check_training, claim, join_ranks, not_negative, positive,
+                       read_splits)
 
 
 def parse_args():
@@ -45,7 +45,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
-    parser.add_argument("--image", type=float, help="weight of the loss on the image features (1; from scratch 0)")
+    parser.add_argument("--image", type=not_negative, help="weight of the loss on image features (1; from scratch 0)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -72,18 +72,11 @@ if __name__ == "__main__":
     train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
     model = initial_model(args, config, path).to(DEVICE)
-    rest, settings = {}, {}
-    if args.init.endswith(".pt") and not args.labelled_only:
-        if Path(args.init).exists():
-            pretraining = load_checkpoint(args.init, "run 03_pretrain.py", config)[0]["args"]
-            settings = {flag: pretraining.get(flag) for flag in CONSENSUS_FLAGS}
-        else:  # a run that goes on has all that it needs
-            settings = load_checkpoint(path, "run 03_pretrain.py", config)[0]["args"].get("consensus", {})
-        args.consensus = settings
-        if settings.get("target") in ("consensus", "painted"):
-            learnt = Path(args.init.removesuffix(".pt"))
-            rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
-    frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, settings)
+    rest = {}
+    if args.consensus.get("target") in ("consensus", "painted") and not args.labelled_only:
+        learnt = Path(args.init.removesuffix(".pt"))
+        rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
+    frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, args.consensus)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     args.seen = sorted({*args.seen, *args.scenes, *rest})
 

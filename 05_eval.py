@@ -27,9 +27,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import PRESETS, count_confusion, count_overlap, iou, load_checkpoint, step
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, join_ranks, lift,
-                       read_json, read_splits, render, save_json, save_pt, sum_over_ranks, watched, whole_file)
+from model import PRESETS, count_confusion, iou, load_checkpoint, step
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, claim, join_ranks,
+                       lift, read_json, read_splits, render, save_json, save_pt, sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 RING = 2.5  # m; ground this wide is one point of IoU against distance
@@ -97,35 +97,34 @@ def conditions_of(description):
 def evaluate(frames, model, config):
     """Score every key frame; the scenes are shared out among all processes.
 
-    Returns {"all" | "0-10" | ... | "day" | ...: overlap (2, classes)}, the overlap of each ring around the car (rings,
-    2, classes), the cells (classes, classes) of each [ground truth, prediction], the mIoU of each key frame (frames,).
+    Returns {"all" | "0-10" | ... | "day" | ...: cells (classes, classes) of each [ground truth, prediction]}, the same
+    of each ring around the car (rings, classes, classes), and the mIoU of each key frame (frames,).
     """
     distance = config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1)  # (H, W) m
     ring = (distance / RING).long()  # (H, W)
-    by_ring = torch.zeros(ring.max() + 1, 2, NUM_CLASSES, dtype=torch.int64)
-    overlap = {key: torch.zeros(2, NUM_CLASSES, dtype=torch.int64) for key in CONDITIONS}
-    confusion, quality = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64), torch.zeros(len(frames))
+    by_ring = torch.zeros(ring.max() + 1, NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=DEVICE)
+    by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
+    quality = torch.zeros(len(frames), device=DEVICE)
     own = range(RANK, len(frames.scenes), RANKS)
     progress = tqdm(predict(frames, model, config, own), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
                     disable=RANK > 0)
     for index, frame, logits in progress:
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
-        counts = count_overlap(prediction, truth).cpu()
+        counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
+                              for k in range(len(by_ring))])  # (rings, classes, classes)
+        by_ring += counts
         for key in conditions_of(frames.scenes[frames.samples[index][0]]["description"]):
-            overlap[key] += counts
-        for k, sums in enumerate(by_ring):
-            sums += count_overlap(prediction, torch.where(ring == k, truth, IGNORE)).cpu()
-        confusion += count_confusion(prediction, truth).cpu()
-        quality[index] = quality_of(counts)
-    ranges = {f"{near}-{far}": by_ring[int(near / RING):int(far / RING)].sum(0) for near, far in RANGES}
-    overlap = {"all": by_ring.sum(0), **ranges, **overlap}
-    overlap = {key: sum_over_ranks(counts.to(DEVICE)).cpu() for key, counts in overlap.items()}
-    return overlap, *(sum_over_ranks(counts.to(DEVICE)).cpu() for counts in (by_ring, confusion, quality))
+            by_condition[key] += counts.sum(0)
+        quality[index] = quality_of(counts.sum(0))
+    by_ring, quality = (sum_over_ranks(x).cpu() for x in (by_ring, quality))
+    by_condition = {key: sum_over_ranks(counts).cpu() for key, counts in by_condition.items()}
+    by_range = {f"{near}-{far}": by_ring[int(near / RING):int(far / RING)].sum(0) for near, far in RANGES}
+    return {"all": by_ring.sum(0), **by_range, **by_condition}, by_ring, quality
 
 
-def quality_of(counts):
-    """The mIoU of one key frame from its overlap; 1 where there is nothing and nothing was found."""
-    score = iou(counts)["miou"]
+def quality_of(confusion):
+    """The mIoU of one key frame; 1 where there is nothing and nothing was found."""
+    score = iou(confusion)["miou"]
     return 1.0 if score is None else score
 
 
@@ -136,20 +135,19 @@ def from_best_to_worst(quality, pictures):
     return [ranked[round(place)] for place in places.tolist()[:pictures]]
 
 
+@torch.no_grad()
 def draw_sheet(frames, model, config, index, title):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
     drive = predict(frames, model, config, (frames.samples[index][0],))
     frame, logits = next((frame, logits) for i, frame, logits in drive if i == index)
-    score = quality_of(count_overlap(logits.argmax(1), frame["bev"]))
+    score = quality_of(count_confusion(logits.argmax(1), frame["bev"]))
     return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}")
 
 
-def paint(classes, background):
+def paint(classes):
     """Class indices (h, w) -> RGB (h, w, 3) uint8."""
-    table = torch.zeros(256, 3, dtype=torch.uint8)
-    for i, name in enumerate(CLASSES):
-        table[i] = torch.tensor(COLOURS.get(name, background), dtype=torch.uint8)
-    table[IGNORE] = torch.tensor(IGNORED, dtype=torch.uint8)
+    table = torch.tensor(IGNORED, dtype=torch.uint8).repeat(256, 1)  # (256, 3)
+    table[:NUM_CLASSES] = torch.tensor([COLOURS.get(name, GROUND) for name in CLASSES])
     return table[classes.long().cpu()]
 
 
@@ -157,7 +155,7 @@ def overlay(image, classes):
     """Lay class colours over an image (3, h, w) uint8; background stays as it is, ignored pixels turn grey."""
     image = image.permute(1, 2, 0).cpu().float()
     strength = torch.where(classes == IGNORE, 0.5, torch.where(classes == 0, 0.0, 0.75)).cpu().unsqueeze(-1)
-    return ((1 - strength) * image + strength * paint(classes, GROUND).float()).byte()
+    return ((1 - strength) * image + strength * paint(classes).float()).byte()
 
 
 def camera_block(images, classes, order):
@@ -190,12 +188,11 @@ def contact_sheet(frame, logits, grid, title="prediction"):
     prediction = logits[0].argmax(0)  # (H, W)
     if "bev" not in frame:
         blocks = {"cameras with the prediction, rendered": camera_block(images, predicted, range(len(images)))}
-        return page_of(blocks, {title: paint(prediction, GROUND)}, {"car, pointing ahead": PAPER}, grid)
+        return page_of(blocks, {title: paint(prediction)}, {"car, pointing ahead": PAPER}, grid)
     order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
     blocks = {"cameras with pseudo-labels": camera_block(images, frame["label"][0], order),
               "cameras with the prediction, rendered": camera_block(images, predicted, order)}
-    maps = {"ground truth": paint(truth, GROUND), title: paint(prediction, GROUND),
-            "errors": error_map(prediction, truth)}
+    maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
 
 
@@ -228,13 +225,6 @@ def page_of(blocks, maps, legend, grid):
     return page
 
 
-def animate(frames, names, loaded, config, index):
-    """Contact sheets of one key frame under one checkpoint after the other. names: of the files; loaded: [(checkpoint,
-    network)]."""
-    return [draw_sheet(frames, model.to(DEVICE).eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}")
-            for name, (known, model) in zip(names, loaded)]
-
-
 # ---------------------------------------------------------------- cameras of one's own
 
 def read_rig(folder, calibration, config):
@@ -255,6 +245,7 @@ def read_rig(folder, calibration, config):
             ego_T_cam.append(torch.tensor(camera["ego_T_cam"], dtype=torch.float32))
             R = ego_T_cam[-1][:3, :3]
             if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or min(K[-1][0, 0], K[-1][1, 1]) <= 0
+                    or K[-1][2].tolist() != [0, 0, 1] or ego_T_cam[-1][3].tolist() != [0, 0, 0, 1]
                     or not all(matrix.isfinite().all() for matrix in (K[-1], ego_T_cam[-1]))
                     or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0):
                 raise ValueError
@@ -281,9 +272,9 @@ def predict_rig(args, model):
     model.camera = torch.nn.Parameter(model.camera[nearest])
     with torch.no_grad():
         logits, _ = model(frame["image"], frame["K"], frame["ego_T_cam"])
-    folder = Path(args.out) / "eval"
+    folder, sheet = Path(args.out) / "eval", contact_sheet(frame, logits, model.config.grid)
     with whole_file(folder / "rig.png") as file:
-        contact_sheet(frame, logits, model.config.grid).save(file, "PNG")
+        sheet.save(file, "PNG")
     save_pt({"bev": logits[0].argmax(0).byte().cpu(), "probability": logits[0].softmax(0).cpu()}, folder / "rig.pt")
     print(f"{folder}/rig.png and rig.pt written: {len(nearest)} cameras, taken for "
           + ", ".join(CAMERAS[n] for n in nearest))
@@ -292,7 +283,7 @@ def predict_rig(args, model):
 # ---------------------------------------------------------------- tables, and a curve
 
 def draw_distance(by_ring, title):
-    """IoU against distance from the car, a line a class, as a figure. by_ring: overlap (rings, 2, classes)."""
+    """IoU against distance from the car, a line a class, as a figure. by_ring is evaluate's."""
     from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second
     figure = Figure((7, 4), dpi=120, layout="tight")
     axes = figure.subplots()
@@ -307,10 +298,10 @@ def draw_distance(by_ring, title):
     return figure
 
 
-def print_table(title, overlap):
+def print_table(title, confusion):
     """The IoU table, a line for the whole split, each range and each condition present."""
     print(f"{title}\n{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
-    for key, counts in overlap.items():
+    for key, counts in confusion.items():
         if counts.sum():
             score = iou(counts)
             cells = [*score["iou"].values(), score["miou"]]
@@ -349,37 +340,41 @@ if __name__ == "__main__":
     scenes = read_splits(args.out, args.split)[args.split]
     if not scenes:
         sys.exit(f"error: {args.out}/splits.json has no {args.split} scene: choose another --split")
-    if (known := set(scenes) & set(seen)) and not args.split.endswith("train") and RANK == 0:
+    if (known := set(scenes) & set(seen)) and not args.split.endswith("train"):
         print(f"warning: {args.checkpoint} was trained on {len(known)} of the {len(scenes)} scenes of {args.split}")
     frames = Frames(args.out, scenes, config, bev_gt=True)
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
+    lock = claim(folder)
     names = "metrics.json", "distance.png", "animation.webp"
     for old in (*folder.glob("sample_*.png"), *(folder / name for name in names)):
         old.unlink(missing_ok=True)
     args.pictures = min(args.pictures, len(frames))
     with torch.no_grad():
-        overlap, by_ring, confusion, quality = evaluate(frames, model, config)
-    scores = {key: iou(counts) for key, counts in overlap.items() if counts.sum()}
+        confusion, by_ring, quality = evaluate(frames, model, config)
+    scores = {key: iou(counts) for key, counts in confusion.items() if counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS},
-               "confusion": confusion.tolist()}
+               "confusion": confusion["all"].tolist()}
     if RANK == 0:
         save_json(metrics, folder / "metrics.json")
+        figure = draw_distance(by_ring, title)
         with whole_file(folder / "distance.png") as file:
-            draw_distance(by_ring, title).savefig(file, format="png")
+            figure.savefig(file, format="png")
     for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
         if k % RANKS == RANK:
-            with torch.no_grad(), whole_file(folder / f"sample_{k}.png") as file:
-                draw_sheet(frames, model, config, index, "prediction").save(file, "PNG")
+            sheet = draw_sheet(frames, model, config, index, "prediction")
+            with whole_file(folder / f"sample_{k}.png") as file:
+                sheet.save(file, "PNG")
     if args.animate and RANK == 0:
-        with torch.no_grad(), whole_file(folder / "animation.webp") as file:
-            median, = from_best_to_worst(quality, 1)
-            first, *others = animate(frames, args.animate, animated, config, median)
-            shown = [1500] * len(others) + [4000]  # ms
+        median, = from_best_to_worst(quality, 1)
+        first, *others = (
+            draw_sheet(frames, model.to(DEVICE).eval(), config, median, f"{Path(name).stem[:12]}, step {known['step']}")
+            for name, (known, model) in zip(args.animate, animated))
+        shown = [1500] * len(others) + [4000]  # ms
+        with whole_file(folder / "animation.webp") as file:
             first.save(file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, quality=85)
-    if RANK == 0:
-        print(f"{folder}/metrics.json and {args.pictures} pictures written")
-        print_confusion(confusion)
-        print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", overlap)
+    print(f"{folder}/metrics.json and {args.pictures} pictures written")
+    print_confusion(confusion["all"])
+    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", confusion)

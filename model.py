@@ -32,9 +32,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm, Grid, Linear,
-                       batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
-                       pillars_in_cameras, read_splits, relative_pose, save_pt, softmax, sum_over_ranks, warp, watched,
+from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm,
+                       Grid, Linear, batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
+                       pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks, warp, watched,
                        whole_file)
 
 # ---------------------------------------------------------------- size of everything
@@ -125,13 +125,14 @@ class TemporalSelfAttention(nn.Module):
         guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
         x, y, weights = guide.to(reference).view(B, Q, 3, M, 2, P).unbind(2)  # (B, Q, M, 2, P) each
         x, y = (offset + place.view(Q, 1, 1, 1) for offset, place in zip((x, y), reference.unbind(-1)))
-        weights = softmax(weights) / 2  # over the points in each BEV; halved, as the two results are averaged
+        weights = weights.softmax(-1) / 2  # over the points in each BEV; halved, as the two results are averaged
         # Without a history both are the same BEV, which is projected once.
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
         maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B, B+1 or 2B
-        # Which map is a sample's previous BEV, and which its current one: there are len(current) of these, at the end.
+        # Which map is a sample's previous BEV, and which its current one: these are the last ones, B or one for all.
         sample = torch.arange(B, dtype=torch.int32, device=query.device)
-        source = torch.stack((sample, sample * (len(current) > 1) + len(maps) - len(current)), -1)  # (B, 2)
+        own = sample if len(current) == B else torch.zeros_like(sample)
+        source = torch.stack((sample, len(maps) - len(current) + own), -1)  # (B, 2)
         source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)  # (B*Q, 1, 2*P)
         x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))  # (B*Q, M, 2*P)
         return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
@@ -154,7 +155,7 @@ class SpatialCrossAttention(nn.Module):
         (R, Z, _), M, L, P = anchors.shape, self.M, self.L, self.P
         guide = self.guide(query).flatten(0, 1).index_select(0, cell).to(anchors)  # (R, 3*M*L*P)
         x, y, weights = guide.view(R, 3, M, L, P // Z, Z).unbind(1)  # (R, M, L, P/Z, Z) each
-        weights = softmax(weights.reshape(R, M, L * P)).view(R, M, L, P)  # over all levels and points
+        weights = weights.reshape(R, M, L * P).softmax(-1).view(R, M, L, P)  # over all levels and points
         seen = 0
         for level, feature in enumerate(features):
             h, w = feature.shape[1:3]
@@ -232,8 +233,7 @@ class BEVSegmenter(nn.Module):
         backbone = (ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)  # not in torchvision's list
                     if config.backbone == "resnet10" else
                     torchvision.models.get_model(config.backbone, norm_layer=BatchNorm))
-        widths = [list(getattr(backbone, f"layer{s}").children())[-1] for s in config.stages]
-        widths = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in widths]
+        widths = [64 * 2 ** (s - 1) * backbone.layer1[0].expansion for s in config.stages]
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
         self.fpn = FeaturePyramidNetwork(widths, C)
         H, W = config.bev_shape
@@ -396,18 +396,12 @@ def count_confusion(prediction, target):
     return torch.bincount(pair, minlength=NUM_CLASSES ** 2).view(NUM_CLASSES, NUM_CLASSES)
 
 
-def count_overlap(prediction, target):
-    """Intersection and union (2, classes) in cells, int64; arguments as of count_confusion."""
-    confusion = count_confusion(prediction, target)
-    return torch.stack((confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()))
-
-
-def iou(overlap):
-    """Summed overlap (2, classes) -> {"iou": {class: value}, "miou": mean over the classes but background}.
+def iou(confusion):
+    """Summed confusion (classes, classes) -> {"iou": {class: value}, "miou": mean over the classes but background}.
 
     A class that neither prediction nor target contains has no IoU (None) and does not enter the mean.
     """
-    intersection, union = overlap.tolist()
+    intersection, union = confusion.diag().tolist(), (confusion.sum(0) + confusion.sum(1) - confusion.diag()).tolist()
     values = {name: intersection[i] / union[i] if union[i] else None for i, name in enumerate(CLASSES) if i > 0}
     known = [v for v in values.values() if v is not None]
     return {"iou": values, "miou": sum(known) / len(known) if known else None}
@@ -440,8 +434,10 @@ def load_checkpoint(path, remedy, config=None):
 
 def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
-    checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights) and args.seen (their scenes)."""
-    model, args.init_digest, args.seen, goes_on = BEVSegmenter(config), None, [], Path(path).exists()
+    checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights), args.seen (their scenes) and
+    args.consensus (the flags of 03 that say what consensus goes with them)."""
+    model, goes_on = BEVSegmenter(config), Path(path).exists()
+    args.init_digest, args.seen, args.consensus = None, [], {}
     if args.init == "scratch":
         if config.weights and not goes_on:  # a run that goes on has its weights already
             model.load_backbone_weights()
@@ -449,6 +445,7 @@ def initial_model(args, config, path):
     if goes_on and not Path(args.init).exists():
         known = load_checkpoint(path, "delete it or choose another --name")[0]["args"]
         args.init_digest, args.seen = known.get("init_digest"), known.get("seen", [])
+        args.consensus = known.get("consensus", {})
         return model
     if args.init.endswith(".pth"):
         content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
@@ -468,6 +465,7 @@ def initial_model(args, config, path):
                      "run 03_pretrain.py again with the same flags, it goes on from there")
         splits = read_splits(args.out, *SPLITS[args.split])
         args.seen = checkpoint["args"].get("seen", splits["train"])  # older checkpoints know no other split
+        args.consensus = {flag: checkpoint["args"].get(flag) for flag in CONSENSUS_FLAGS}
         if leak := [scene for side in SPLITS[args.split][1:] for scene in splits[side] if scene in args.seen]:
             sys.exit(f"error: {args.init} was trained on {len(leak)} scenes that --split {args.split} holds out, e.g. "
                      f"{leak[0]}: run 03_pretrain.py with --split {args.split} and another --name")
@@ -483,7 +481,6 @@ class LossOf(nn.Module):
         self.model, self.loss_fn = model, loss_fn
 
     def forward(self, batch):
-        """Whatever loss_fn returns."""
         return self.loss_fn(batch)
 
 
@@ -553,7 +550,7 @@ def record(curve, args, path):
     for name, colour in zip({name: None for losses in curve for name in losses}, LOSS_COLOURS):
         points = torch.tensor([(i, losses[name]) for i, losses in enumerate(curve) if name in losses])  # (T, 2)
         axes.plot(*torch.stack([part.mean(0) for part in points.split(n)]).T, colour, label=name)
-    axes.set(xlabel="step", ylabel="loss" + f", mean of {n} steps" * (n > 1), ylim=(0, None), title=path.stem)
+    axes.set(xlabel="step", ylabel="loss" + f", mean of {n} values" * (n > 1), ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(path.with_suffix(".png")) as file:
@@ -568,8 +565,9 @@ def draw_sample(model, data, path, step):
         _, frame, logits = next(stage.predict(data, model, model.config, (0,)))
     model.train()
     frame.pop("bev", None)  # with it the sheet would call the consensus ground truth
+    sheet = stage.contact_sheet(frame, logits, model.config.grid, f"map, step {step}")
     with whole_file(path.with_name(f"{path.stem}_sample.png")) as file:
-        stage.contact_sheet(frame, logits, model.config.grid, f"map, step {step}").save(file, "PNG")
+        sheet.save(file, "PNG")
 
 
 def save_checkpoint(model, optimizer, args, curve, path):

@@ -78,8 +78,12 @@ def join_ranks():
         local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if 0 < gpus < local:
             sys.exit(f"error: {local} processes and {gpus} GPU(s): torchrun --nproc-per-node {gpus}")
+        if gpus:
+            torch.cuda.set_device(DEVICE)
         torch.distributed.init_process_group("nccl" if DEVICE.startswith("cuda") else "gloo")
         atexit.register(torch.distributed.destroy_process_group)  # or the one that ends last finds lines cut and aborts
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # what there is to say, the first process says
 
 
 def sum_over_ranks(x):
@@ -152,20 +156,9 @@ def transform(a_T_b, pts_b):
     return (a_T_b[..., :3, :3] * pts_b[..., None, :]).sum(-1) + a_T_b[..., :3, 3]
 
 
-def inverse(a_T_b):
-    """b_T_a of a rigid transform (..., 4, 4)."""
-    R = a_T_b[..., :3, :3].transpose(-1, -2)
-    b_T_a = torch.zeros_like(a_T_b)
-    b_T_a[..., :3, :3] = R
-    b_T_a[..., :3, 3] = -(R * a_T_b[..., None, :3, 3]).sum(-1)
-    b_T_a[..., 3, 3] = 1
-    return b_T_a
-
-
 def relative_pose(world_T_a, world_T_b):
     """a_T_b in float32 from two world poses (..., 4, 4); in float64 inside, as world coordinates are kilometres."""
-    a_T_world = inverse(world_T_a.double())
-    return (a_T_world[..., :, :, None] * world_T_b.double()[..., None, :, :]).sum(-2).float()
+    return (torch.linalg.inv(world_T_a.double()) @ world_T_b.double()).float()
 
 
 def project(pts_ego, K, ego_T_cam):
@@ -173,7 +166,7 @@ def project(pts_ego, K, ego_T_cam):
 
     Behind the camera (depth <= 0) the pixel means nothing: test the depth.
     """
-    pts_cam = transform(inverse(ego_T_cam), pts_ego)
+    pts_cam = transform(torch.linalg.inv(ego_T_cam), pts_ego)
     depth = pts_cam[..., 2]
     # The clamp keeps the division finite; BEVFormer's official code clamps at the same 1e-5.
     pts_img = (K[..., :2, :2] * pts_cam[..., None, :2]).sum(-1) / depth.clamp(min=1e-5)[..., None] + K[..., :2, 2]
@@ -356,12 +349,6 @@ class DeformableAttention(torch.autograd.Function):
         return grad_values.view_as(maps), *grads, None
 
 
-def softmax(weights):
-    """Softmax over the last axis; for a handful of numbers, five times as fast on the CPU as torch's."""
-    e = (weights - weights.detach().amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
-
 class Linear(torch.nn.Linear):
     """torch.nn.Linear, on the CPU as a 1x1 convolution: oneDNN does these, and is twice as fast as MKL, which does
     matrix products, on the AMD processor that we measured on."""
@@ -416,9 +403,11 @@ def open_tables(NuScenes, dataroot, version):
                  "(tests/toyworld.py writes data/toy, version v1.0-trainval)")
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
-        for token in [scene["token"] for scene in nusc.scene] or ["at all"]:
-            look_up(nusc, "scene", token)
-        return nusc
+        for scene in nusc.scene:
+            look_up(nusc, "scene", scene["token"])
+        if nusc.scene:
+            return nusc
+        raise ValueError("no scene")
     except Exception as error:  # there is nothing that the devkit does not raise on damaged tables
         for path in sorted(folder.glob("*.json")):
             read_json(path, UNPACK)  # names the damaged table, if it is one
@@ -526,10 +515,11 @@ def load_pt(path, remedy):
     """Read a .pt (tensors, strings, numbers, lists, dicts only), or stop with one line that ends in the remedy."""
     try:
         # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-        is_zip = zipfile.is_zipfile(path)
-        # torch.load does not look at the checksums that torch.save writes: flipped bits would be other weights.
-        if is_zip and zipfile.ZipFile(path).testzip():
-            raise ValueError
+        if is_zip := zipfile.is_zipfile(path):
+            # torch.load does not look at the checksums that torch.save writes: flipped bits would be other weights.
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():
+                    raise ValueError
         return torch.load(path, weights_only=True, mmap=is_zip, map_location="cpu")
     except FileNotFoundError:
         sys.exit(f"error: {path} is missing: {remedy}")
@@ -542,6 +532,7 @@ def load_artifact(path, remedy, keys=()):
     the others perhaps more, for the views of --sweeps."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
+            or not isinstance(content["meta"], dict) or not isinstance(content["meta"].get("source"), dict)
             or any(len(content[key]) < len(content["token"]) for key in keys)
             or any(len(content[key]) > len(content["token"]) for key in keys if key in ("image", "bev"))):
         sys.exit(f"error: {path} is no file of stage 01 or 02: {remedy}")
@@ -704,7 +695,8 @@ def permutation(n, seed, epoch):
 
 def batch_samples(n, args, history, start):
     """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
-    history), the same samples a step for any number of ranks.
+    history), the same samples a step for any number of ranks. (Of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
+    then 2 and 6 with --accumulate 2, rank 1 the others.)
 
     A pure function of the step, so that going on is exact. Half of the samples are mirrored; HISTORY_SHARE of the
     steps look back, the others see single frames.
@@ -738,7 +730,7 @@ def watched():
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or (03 and 04) "
                      "--checkpointing and --bf16")
-        said = str(error).strip().splitlines()[-1].partition("error: ")[2]  # below the worker's traceback
+        said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker
         sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: "
@@ -752,10 +744,21 @@ def positive(text):
     return float(text)
 
 
+def not_negative(text):
+    """The argparse type of a number from 0 on, which may be inf."""
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
+
+
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense."""
     if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0:
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
+    if not 0 <= args.seed < 2 ** 32:
+        sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
+    if Path(args.name).name in ("frames", "bev_gt", "eval"):
+        sys.exit(f"error: --name {args.name}: there another stage writes: choose another --name")
     if args.batch_size % (args.accumulate * RANKS):
         sys.exit(f"error: --batch-size {args.batch_size} cannot be shared out evenly: give a multiple of --accumulate "
                  f"times the number of processes ({args.accumulate * RANKS})")
@@ -766,10 +769,11 @@ def claim(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")
-        fcntl.flock(lock, (fcntl.LOCK_EX if RANK == 0 else fcntl.LOCK_UN) | fcntl.LOCK_NB)
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        sys.exit(f"error: another run is writing {path}: wait for its end or choose another --name")
+        sys.exit(f"error: another run is writing {path}: wait for its end or choose another --name or --out")
     except OSError as error:
         sys.exit(f"error: {path} cannot be written or locked ({error.strerror}): choose another --out")
 

@@ -3,7 +3,7 @@ import importlib
 
 import torch
 
-from model import Config, count_confusion, count_overlap, iou
+from model import Config, count_confusion, iou
 from reproject import IGNORE
 
 stage = importlib.import_module("05_eval")
@@ -19,8 +19,8 @@ def test_pictures_go_from_best_to_worst():
 
 def test_an_empty_frame_is_right_and_a_missed_one_wrong():
     empty, divider = torch.zeros(2, 2, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.uint8)
-    assert stage.quality_of(count_overlap(empty, empty)) == 1
-    assert stage.quality_of(count_overlap(empty, divider)) == 0
+    assert stage.quality_of(count_confusion(empty, empty)) == 1
+    assert stage.quality_of(count_confusion(empty, divider)) == 0
 
 
 def test_error_map_says_what_was_missed_and_what_is_false():
@@ -49,8 +49,8 @@ def test_the_curve_shows_each_cell_at_its_distance(monkeypatch):
     logits[0, :, 99, 3] = torch.tensor([1.0, 0, 0, 0])
     monkeypatch.setattr(stage, "predict", lambda *_: [(0, {"bev": truth}, logits)])
     frames = type("Frames", (list,), {"scenes": [{"description": "a drive"}], "samples": [(0, 0)]})([None])
-    overlap, by_ring, *_ = stage.evaluate(frames, None, config)
-    assert (by_ring[:, 1, 1] > 0).nonzero().flatten().tolist() == [1, 5]  # 2.5 to 5 m, 12.5 to 15 m
-    assert iou(overlap["0-10"])["iou"]["divider"] == 1 and iou(overlap["10-20"])["iou"]["divider"] == 0
+    confusion, by_ring, _ = stage.evaluate(frames, None, config)
+    assert (by_ring[:, 1].sum(1) > 0).nonzero().flatten().tolist() == [1, 5]  # 2.5 to 5 m, 12.5 to 15 m
+    assert iou(confusion["0-10"])["iou"]["divider"] == 1 and iou(confusion["10-20"])["iou"]["divider"] == 0
     line = stage.draw_distance(by_ring, "").axes[0].lines[0]
     assert line.get_xdata().tolist() == [3.75, 13.75] and line.get_ydata().tolist() == [1, 0]

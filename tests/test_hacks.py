@@ -42,7 +42,7 @@ assert groups == ["carriageway", "verge", "kerb", "divider", "ped_crossing", "di
 """,
     "Another class": """
 import importlib, json, torch
-from model import PRESETS, BEVSegmenter, count_overlap, image_loss, iou, segmentation_loss
+from model import PRESETS, BEVSegmenter, count_confusion, image_loss, iou, segmentation_loss
 from reproject import CLASS_WEIGHTS, Grid
 stage = importlib.import_module("02_bev_gt")
 square = [(0, 0), (2, 0), (2, 1), (0, 1)]  # m: from the car 2 m ahead, 1 m to the left
@@ -54,10 +54,10 @@ open("map.json", "w").write(json.dumps(table))
 bev = stage.rasterise(stage.read_map("map.json"), torch.eye(4).double(), Grid((-2, 3), (-2, 2), 1.0), 0.5)
 assert bev.tolist() == [[0, 0, 0, 0], [0, 4, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 truth = torch.from_numpy(bev)[None]
-assert "stop_line" in iou(count_overlap(truth, truth))["iou"]
+assert "stop_line" in iou(count_confusion(truth, truth))["iou"]
 assert BEVSegmenter(PRESETS["toy"]).classify[-1].out_channels == 5
 segmentation_loss(torch.zeros(1, 5, 5, 4), truth, CLASS_WEIGHTS)
-assert importlib.import_module("05_eval").paint(truth[0], (0, 0, 0))[1, 1].tolist() == [230, 159, 0]
+assert importlib.import_module("05_eval").paint(truth[0])[1, 1].tolist() == [230, 159, 0]
 """,
     "A height per cell.": """
 import torch

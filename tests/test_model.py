@@ -9,7 +9,7 @@ import torch
 from rig import pose, surround
 
 import reproject
-from model import (PRESETS, BEVSegmenter, Config, count_overlap, fit, initial_model, iou, load_checkpoint,
+from model import (PRESETS, BEVSegmenter, Config, count_confusion, fit, initial_model, iou, load_checkpoint,
                    load_official, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
@@ -389,7 +389,7 @@ def test_overfits_one_sample():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert iou(count_overlap(logits.argmax(1), truth))["miou"] > 0.9
+    assert iou(count_confusion(logits.argmax(1), truth))["miou"] > 0.9
 
 
 # ---------------------------------------------------------------- loss, score, schedule
@@ -406,16 +406,16 @@ def test_loss_by_hand():
 
 
 def test_iou_by_hand():
-    """Data-set level: overlaps are summed before they are divided."""
+    """Data-set level: cells are summed before they are divided."""
     target = torch.tensor([[1, 1, 1, 0], [2, 2, 0, IGNORE]])
     prediction = torch.tensor([[1, 1, 0, 1], [2, 0, 0, 3]])
-    overlap = count_overlap(prediction, target)
-    assert overlap.tolist() == [[1, 2, 1, 0], [4, 4, 2, 0]]
-    score = iou(overlap)
+    confusion = count_confusion(prediction, target)
+    assert confusion.tolist() == [[1, 1, 0, 0], [1, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    score = iou(confusion)
     assert score["iou"] == {"divider": 0.5, "ped_crossing": 0.5, "boundary": None}
     assert score["miou"] == 0.5
-    more = count_overlap(torch.tensor([3, 1]), torch.tensor([3, 1]))
-    assert iou(overlap + more)["iou"] == {"divider": 3 / 5, "ped_crossing": 0.5, "boundary": 1.0}
+    more = count_confusion(torch.tensor([3, 1]), torch.tensor([3, 1]))
+    assert iou(confusion + more)["iou"] == {"divider": 3 / 5, "ped_crossing": 0.5, "boundary": 1.0}
 
 
 def test_learning_rate():

@@ -12,7 +12,7 @@ from PIL import Image
 from rig import camera, intrinsics, pose, surround
 
 from model import PRESETS, Config
-from reproject import (CAMERAS, Frames, Grid, cells_in_cameras, encode, inverse, lift, load_pt, make_meta,
+from reproject import (CAMERAS, Frames, Grid, cells_in_cameras, encode, lift, load_pt, make_meta,
                        pixels_to_ground, project, read_splits, relative_pose, render, save_pt, transform, warp)
 
 GRID = Grid((-30.0, 30.0), (-15.0, 15.0), 0.3)
@@ -160,7 +160,6 @@ def test_relative_pose_keeps_millimetres_far_from_the_origin():
     a, b = pose(2000.125, 1000.25, 30), pose(2000.625, 1000.25, 30)
     motion, turn = relative_pose(a, b), math.radians(30)
     assert motion[:2, 3].tolist() == pytest.approx([0.5 * math.cos(turn), -0.5 * math.sin(turn)], abs=1e-6)
-    torch.testing.assert_close(inverse(a) @ a, torch.eye(4, dtype=torch.float64))
 
 
 def test_cells_in_cameras():

@@ -91,6 +91,8 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"a.png": good | {"ego_T_cam": torch.ones(4, 4).tolist()}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": mirrored.tolist()}}, "no camera matrix"),
             ({"a.png": good | {"ego_T_cam": nowhere.tolist()}}, "no camera matrix"),
+            ({"a.png": good | {"K": [*intrinsics().tolist()[:2], [0, 0, 0]]}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"ego_T_cam": [*camera().tolist()[:3], [0, 0, 0, 2]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
         if rig is not None:
