@@ -150,6 +150,18 @@ def test_checkpoint_of_another_architecture(world):
     assert "stopped at step 3 of 9" in run(*finetune, cwd=world, ok=False)
 
 
+def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
+    """Whoever edits a rule of the consensus must not train on the maps of before."""
+    for name in ("model.py", "reproject.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    stage = tmp_path / "03_pretrain.py"
+    stage.write_text((ROOT / stage.name).read_text().replace("> 0.4]", "> 0.5]"))
+    said = run(stage, "--steps", 3, cwd=world, ok=False)
+    assert "was made with other rules" in said and "delete out/pretrain or choose another --name" in said
+    stage.write_text((ROOT / stage.name).read_text())
+    assert "nothing to do" in run(stage, "--steps", 3, cwd=world)
+
+
 def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_path):
     shutil.copytree(world / "out", tmp_path / "out")
     splits = json.loads((tmp_path / "out/splits.json").read_text())
