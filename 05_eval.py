@@ -346,9 +346,10 @@ if __name__ == "__main__":
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
     lock = claim(folder)
-    names = "metrics.json", "distance.png", "animation.webp"
-    for old in (*folder.glob("sample_*.png"), *(folder / name for name in names)):
-        old.unlink(missing_ok=True)
+    if RANK == 0:
+        for pattern in ("sample_*.png", "metrics.json", "distance.png", "animation.webp"):
+            for old in folder.glob(pattern):
+                old.unlink()
     args.pictures = min(args.pictures, len(frames))
     with torch.no_grad():
         confusion, by_ring, quality = evaluate(frames, model, config)

@@ -95,7 +95,6 @@ class BatchNorm(torch.nn.BatchNorm2d):
     """BatchNorm2d over the batches of all ranks. (torch's SyncBatchNorm does not run on the CPU.)"""
 
     def forward(self, x):
-        """x (B, C, h, w) -> (B, C, h, w)"""
         if RANKS == 1 or not self.training:
             return super().forward(x)
         mean = sum_over_ranks(x.float().mean((0, 2, 3))) / RANKS  # (C,)
