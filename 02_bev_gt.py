@@ -60,7 +60,7 @@ def read_map(path):
     """
     table = read_json(path, f"get {EXPANSION}")
     try:
-        if [int(number) for number in table.get("version", "1.0").split(".")] < [1, 3]:
+        if [int(number) for number in str(table.get("version", "1.0")).split(".")] < [1, 3]:
             sys.exit(f"error: {path} is older than version 1.3 of the map expansion: get {EXPANSION}")
         node = {record["token"]: (record["x"], record["y"]) for record in table["node"]}
         line = {record["token"]: [node[token] for token in record["node_tokens"]] for record in table["line"]}
