@@ -40,17 +40,26 @@ def test_confusion_has_the_truth_in_its_rows(capsys):
     assert divider.split()[1:] == ["0.000", "0.667", "0.000", "0.333"]
 
 
-def test_the_curve_shows_each_cell_at_its_distance(monkeypatch):
-    """Two divider cells, one 3 m ahead of the car that is found, one 14 m to the left that is not."""
+def test_counts_go_to_the_right_ring_range_condition_and_frame(monkeypatch):
+    """Two divider cells by day, one 3 m ahead of the car that is found, one 14 m to the left that is not; and on a
+    rainy night one boundary cell 11 m behind that is found."""
     config = Config()
-    truth = torch.zeros(1, *config.grid.shape, dtype=torch.uint8)
+    truth = torch.zeros(2, *config.grid.shape, dtype=torch.uint8)
     truth[0, (89, 99), (49, 3)] = 1  # cells of 0.3 m; the first one lies 30 m ahead and 15 m to the left
+    truth[1, 136, 49] = 3
     logits = torch.nn.functional.one_hot(truth.long(), 4).permute(0, 3, 1, 2).float()
     logits[0, :, 99, 3] = torch.tensor([1.0, 0, 0, 0])
-    monkeypatch.setattr(stage, "predict", lambda *_: [(0, {"bev": truth}, logits)])
-    frames = type("Frames", (list,), {"scenes": [{"description": "a drive"}], "samples": [(0, 0)]})([None])
-    confusion, by_ring, _ = stage.evaluate(frames, None, config)
+    drive = [(i, {"bev": truth[i:i + 1]}, logits[i:i + 1]) for i in (0, 1)]
+    monkeypatch.setattr(stage, "predict", lambda *_: drive)
+    scenes = [{"description": "Behind a train"}, {"description": "Night, rain"}]
+    frames = type("Frames", (list,), {"scenes": scenes, "samples": [(0, 0), (1, 0)]})([None] * 2)
+    confusion, by_ring, quality = stage.evaluate(frames, None, config)
     assert (by_ring[:, 1].sum(1) > 0).nonzero().flatten().tolist() == [1, 5]  # 2.5 to 5 m, 12.5 to 15 m
-    assert iou(confusion["0-10"])["iou"]["divider"] == 1 and iou(confusion["10-20"])["iou"]["divider"] == 0
+    scores = {key: iou(counts)["iou"] for key, counts in confusion.items()}
+    assert [scores[key]["divider"] for key in ("0-10", "10-20", "20-30", "all")] == [1, 0, None, 0.5]
+    assert [scores[key]["boundary"] for key in ("0-10", "10-20", "20-30", "all")] == [None, 1, None, 1]
+    assert [scores[key]["divider"] for key in ("day", "night", "rain")] == [0.5, None, None]
+    assert [scores[key]["boundary"] for key in ("day", "night", "rain")] == [None, 1, 1]
+    assert quality.tolist() == [0.5, 1]
     line = stage.draw_distance(by_ring, "").axes[0].lines[0]
     assert line.get_xdata().tolist() == [3.75, 13.75] and line.get_ydata().tolist() == [1, 0]
