@@ -28,7 +28,8 @@ from test_bev_gt import rectangle, write_map
 from test_reproject import write_scene
 
 from model import PRESETS, BEVSegmenter
-from reproject import CONSENSUS_FLAGS, Frames, levelled, load_pt, pose_matrix, read_splits, save_json, save_pt, watched
+from reproject import (CONSENSUS_FLAGS, Frames, levelled, load_artifact, load_pt, pose_matrix, read_splits, save_json,
+                       save_pt, watched)
 
 CONFIG = PRESETS["toy"]
 TALLY = {}  # case -> how many were tried, named, right, altered
@@ -185,6 +186,13 @@ def test_files_of_another_place(out, tmp_path):
     for content in (7, [], {}, {"train": 7, "val": []}, {**splits, "val": None}, "train val"):
         save_json(content, tmp_path / "out/splits.json")
         tally("splits.json", lambda: read_splits(tmp_path / "out"), None, "splits.json")
+
+
+@pytest.mark.parametrize("meta", [None, 7, {}, {"source": None}])
+def test_an_artifact_without_meta_is_named(tmp_path, meta):
+    save_pt({"meta": meta, "token": []}, tmp_path / "x.pt")
+    with pytest.raises(SystemExit, match="x.pt is no file of stage 01 or 02: run 01"):
+        load_artifact(tmp_path / "x.pt", "run 01")
 
 
 class Malicious:

@@ -1,5 +1,6 @@
 """The network: BEVFormer against an independent implementation, batches against single runs, loss and score by hand."""
 import argparse
+import importlib
 import math
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from rig import pose, surround
 
 import reproject
-from model import (PRESETS, BEVSegmenter, Config, count_confusion, fit, initial_model, iou, load_checkpoint,
-                   load_official, run_sequence, segmentation_loss)
+from model import (PRESETS, BEVSegmenter, Config, count_confusion, draw_sample, fit, initial_model, iou,
+                   load_checkpoint, load_official, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
@@ -563,3 +564,17 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     save_pt(content, tmp_path / "d.pt")
     with pytest.raises(SystemExit, match="does not fit model.py: size mismatch for query"):
         load_checkpoint(tmp_path / "d.pt", "run 03")
+
+
+def test_a_mistake_while_a_picture_is_drawn_is_no_full_disk(tmp_path, monkeypatch):
+    """Only what goes wrong with the file itself may be called "cannot be written"."""
+    stage = importlib.import_module("05_eval")
+
+    def lost(*_):
+        raise FileNotFoundError("a font")
+
+    monkeypatch.setattr(stage, "predict", lambda *_: iter([(0, {}, None)]))
+    monkeypatch.setattr(stage, "contact_sheet", lost)
+    with pytest.raises(FileNotFoundError, match="a font"):
+        draw_sample(BEVSegmenter(PRESETS["toy"]), None, tmp_path / "x.pt", 1)
+    assert not list(tmp_path.iterdir())
