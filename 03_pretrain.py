@@ -138,14 +138,17 @@ def middle_of_lines(share):
     Returns row (P,), column (P,) of these cells and the direction of the line there (P,): radians, from a step in rows
     (0) to one in columns (pi / 2), modulo pi. A spot that is as wide as it is long has no direction and is left out.
     """
-    radius = round(1.5 / RASTER)
+    radius, angle = round(1.5 / RASTER), torch.arange(16) * (math.pi / 16)
     dx, dy = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing="ij")
-    disc = ((dx ** 2 + dy ** 2 <= radius ** 2) & (dx ** 2 + dy ** 2 > 0)).float()
-    # Twice the angle, so that the two ends of a line agree on its direction instead of cancelling out.
-    angle = 2 * torch.atan2(dy, dx)
-    kernels = disc * torch.stack((angle.cos(), angle.sin(), torch.ones_like(angle)))  # (3, n, n), n = 2 * radius + 1
-    cos, sin, total = F.conv2d(share[None, None], kernels[:, None], padding=radius)[0]  # (X, Y) each
-    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.35 * total
+    aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
+    stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
+    stroke = stroke / stroke.sum((1, 2), keepdim=True)
+    # A high power of how well each stroke fits, so that only the best count: a parallel line, a metre aside (a median
+    # strip has two kerbs), does not turn this one.
+    fit = F.conv2d(share[None, None], stroke[:, None], padding=radius)[0] ** 8  # (16, X, Y)
+    # Twice the angle, as a line that is turned by pi is the same line.
+    cos, sin = torch.tensordot(torch.stack(((2 * angle).cos(), (2 * angle).sin())), fit, 1)  # (X, Y) each
+    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * fit.sum(0)
     row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
     direction = torch.atan2(sin, cos)[row, column] / 2
     across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)

@@ -245,6 +245,25 @@ def test_views_between_key_frames_vote():
     assert (stage.consensus(frames, 0, PRESETS["toy"], flags()) == IGNORE).all()
 
 
+def test_parallel_lines_are_told_apart():
+    """The two kerbs of a median strip, 1.2 m apart, at 20 degrees to the rows: both have their middle and direction.
+    A line of too few votes has none, a round spot next to none."""
+    x, y = torch.meshgrid(*[torch.arange(150.0)] * 2, indexing="ij")
+    angle, metres = math.radians(20), stage.RASTER
+    aside = metres * ((y - 70) * math.cos(angle) - (x - 75) * math.sin(angle))  # of the first kerb
+    kerbs = [torch.exp(-(offset / 0.2) ** 2 / 2) for offset in (aside, aside - 1.2)]
+    row, column, direction = stage.middle_of_lines(0.5 * sum(kerbs))
+    inside = (row > 15) & (row < 135) & (column > 15) & (column < 135)
+    assert (torch.rad2deg(direction[inside]) - 20).abs().max() < 2
+    for place in (0, 1.2):
+        found = inside & ((aside[row, column] - place).abs() < 0.6 * metres)
+        assert len(row[found].unique()) == 119  # in each row
+    assert (((aside[row, column] - 0.6).abs() - 0.6).abs() < 1.5 * metres)[inside].all()  # and nothing between
+    assert not len(stage.middle_of_lines(0.2 * sum(kerbs))[0])
+    spot = torch.exp(-((x - 75) ** 2 + (y - 75) ** 2) * (metres / 0.5) ** 2 / 2)
+    assert (spot > 0.25).sum() > 50 and len(stage.middle_of_lines(spot)[0]) < 5
+
+
 def test_a_stop_line_is_no_divider():
     """Straight runs of cells, 4.5 m and 9 m long: the first is shorter than any divider. Kerbs may be of any length."""
     for cells, expected in ((30, 0), (60, 60)):
@@ -256,14 +275,15 @@ def test_a_stop_line_is_no_divider():
 
 
 def test_the_slope_of_the_ground_is_found():
-    """Cameras that look down by 1.5 degrees more than they say: lines come out bent and doubled, unless it is found."""
+    """Cameras that look down by 1.5 degrees more than they say: the crossing, from x = 20 to 23, comes out too far ahead,
+    unless that is found."""
     frames = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=1.5)
     assert math.degrees(stage.find_slope(frames, 0, flags())) == pytest.approx(1.5, abs=0.3)
     assert stage.find_slope(drive(DRIVE), 0, flags()) == 0
-    x = np.arange(2, 17, 0.3)
-    level, sloped = (strip(stage.consensus(frames, 0, PRESETS["toy"], flags(slope=on)), 4, frames, x, 2.0) == 1
-                     for on in (False, True))
-    assert sloped.float().mean() > 0.9 and level.float().mean() < 0.6
+    level, sloped = (stage.consensus(frames, 0, PRESETS["toy"], flags(slope=on)) for on in (False, True))
+    for x, there in ((20.1, True), (23.5, False)):
+        found, found_level = (strip(maps, 4, frames, x, np.linspace(-3.5, 1, 15)) == 2 for maps in (sloped, level))
+        assert (found == there).all() and (found_level != there).float().mean() > 0.9
 
 
 def test_most_cameras_win():

@@ -5,9 +5,12 @@ folder these tests are skipped. Its road_labels/ come from an independent small 
 and errs: it misses a good part of both. So alignment is measured in both directions, and against maps that are
 mirrored, turned or shifted, which must do much worse. Pictures to look at are left in pytest's temporary folder.
 """
+import importlib
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +19,8 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from PIL import Image
 
-from model import PRESETS
-from reproject import CAMERAS, load_pt, pixels_to_ground, render
+from model import PRESETS, count_confusion, iou
+from reproject import CAMERAS, CLASSES, IGNORE, Grid, load_pt, pixels_to_ground, render
 
 FRAGMENT = ROOT.parent / "shared" / "nuscenes_fragment"
 pytestmark = pytest.mark.skipif(not FRAGMENT.is_dir(), reason=f"{FRAGMENT} is not there")
@@ -199,3 +202,42 @@ def test_views_between_and_the_geo_split(tmp_path):
     learnt = load_pt(tmp_path / "out/finetune.pt", "")["args"]["seen"]
     assert learnt == ["scene-0103"]  # nothing of the city that is held out
     assert json.loads((tmp_path / "out/eval/metrics.json").read_text())["num_samples"] == 1
+
+
+@pytest.mark.parametrize("scene, least", [("scene-0061", {"divider": 0.6, "boundary": 0.6}),
+                                          ("scene-0103", {"divider": 0.65, "ped_crossing": 0.9, "boundary": 0.75})])
+def test_the_consensus_of_a_drive_is_the_real_map(key_frames, tmp_path, scene, least):
+    """Nothing but geometry: the car drives straight over the real map, a key frame every 4 m, and its cameras label the
+    map's lines as paint of 0.15 m, dividers dashed. Measured IoU: 0.80, 0.69 (two kerbs of a median, a metre apart, are
+    among them; one of the road's kerbs lies so far aside that no camera labels it); 0.74, 0.95, 0.84."""
+    shapely, stage_02, stage_03 = (importlib.import_module(name) for name in ("shapely", "02_bev_gt", "03_pretrain"))
+    content = load_pt(key_frames[0]["out"] / "frames" / f"{scene}.pt", "")
+    config, K, ego_T_cam = PRESETS["toy"], content["K"][0], content["ego_T_cam"][0]
+    world_T_ego = content["world_T_ego"][0].repeat(20, 1, 1)  # (T, 4, 4)
+    world_T_ego[:, :2, 3] += torch.linspace(-36, 40, 20)[:, None].double() * world_T_ego[:, :2, 0]
+    road = stage_02.read_map(FRAGMENT / "maps/expansion" / f"{content['location']}.json")
+    pieces, ahead = road["divider"].geometries, content["world_T_ego"][0, :2, 0].numpy()
+    dash = shapely.get_coordinates(shapely.centroid(pieces)) @ ahead % 6 < 3  # 3 m painted, 3 m not, along the car's way
+    paint = dict(road, divider=shapely.STRtree(pieces[dash]))
+    wide = Grid((-80.0, 80.0), (-80.0, 80.0), 0.05)
+    painted = torch.from_numpy(stage_02.rasterise(paint, content["world_T_ego"][0], wide, 0.15))
+    ground, distance = pixels_to_ground(K * torch.tensor((4, 4, 1.0))[:, None], ego_T_cam, (576, 1024))
+    labels = []
+    for moved in torch.linspace(-36, 40, 20):  # along the x axis of the first key frame
+        place = (80 - ground - torch.tensor((moved, 0.0))) / 0.05
+        row, column = place.nan_to_num(-1.0).floor().unbind(-1)
+        there = (distance < 60) & (row >= 0) & (row < 3200) & (column >= 0) & (column < 3200)
+        seen = torch.where(there, painted[(row * there).long(), (column * there).long()], len(CLASSES))
+        share = F.avg_pool2d(F.one_hot(seen.long(), len(CLASSES) + 1).permute(0, 3, 1, 2).float(), 4)
+        label = (share * torch.tensor((1, 2, 1, 2, 1.0)).view(-1, 1, 1)).argmax(1)  # as stage 01 weighs thin classes
+        labels.append(torch.where(label == len(CLASSES), IGNORE, label).byte())
+    drive = {"world_T_ego": world_T_ego, "token": list(range(20)), "timestamp": torch.arange(20) * 500_000,
+             "K": K.expand(20, -1, -1, -1), "ego_T_cam": ego_T_cam.expand(20, -1, -1, -1)}
+    frames = SimpleNamespace(scenes=[drive], decode=lambda index, t, key: labels[t])
+    flags = SimpleNamespace(target="consensus", view_range=math.inf, margin=1, slope=False)
+    maps = stage_03.consensus(frames, 0, config, flags)
+    truth = torch.stack([torch.from_numpy(stage_02.rasterise(road, pose, config.grid, config.line_width))
+                         for pose in world_T_ego])
+    score = iou(count_confusion(maps, torch.where(maps == IGNORE, IGNORE, truth)))["iou"]
+    print(scene, score)
+    assert all(score[name] > value for name, value in least.items()), score
