@@ -101,13 +101,10 @@ def contour(road):
 
 def pieces(lines):
     """Cut polylines, lists of points (x, y), into straight shapely lines of at most PIECE metres."""
-    segments = [np.stack((points[:-1], points[1:]), 1) for points in map(np.asarray, lines) if len(points) > 1]
-    ends = np.concatenate(segments) if segments else np.zeros((0, 2, 2))  # (segments, 2 ends, 2)
-    length = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=-1)
-    count = np.maximum(1, np.ceil(length / PIECE)).astype(int)
-    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each segment
-    start, step = np.repeat(ends[:, 0], count, 0), np.repeat((ends[:, 1] - ends[:, 0]) / count[:, None], count, 0)
-    return shapely.linestrings(np.stack((start + step * number[:, None], start + step * (number + 1)[:, None]), 1))
+    lines = [shapely.LineString(points) for points in lines if len(points) > 1]
+    lines = shapely.segmentize([line for line in lines if line.length > 0], PIECE)
+    points, line = shapely.get_coordinates(lines, return_index=True)
+    return shapely.linestrings(np.stack((points[:-1], points[1:]), 1)[line[:-1] == line[1:]])
 
 
 def draw_lines(ends, value, shape, reach):
