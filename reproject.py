@@ -220,10 +220,9 @@ def cells_in_cameras(K, ego_T_cam, image_size, grid):
     K (B, N, 3, 3), ego_T_cam (B, N, 4, 4) -> grid_sample coordinates (B, N, H, W, 2) in the image, and inside
     (B, N, H, W) bool: in front of the camera and within its image.
     """
-    h, w = image_size
     pts_ego = F.pad(grid.centres(K), (0, 1))  # (H, W, 3), on the ground
     uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
-    where = 2 * uv / uv.new_tensor((w, h)) - 1
+    where = 2 * uv / uv.new_tensor(image_size[::-1]) - 1
     return where, (depth > 0) & (where.abs() <= 1).all(-1)
 
 
@@ -234,14 +233,11 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
     height of the pillar falls into the image: camera (R,) = b*N + n, query (R,) = b*Q + q,
     anchors (R, Z, 2): the projections as fractions of the image. Each sample of the batch has its own visibility.
     """
-    B, N = K.shape[:2]
-    h, w = image_size
-    xy = grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
-    z = torch.tensor(heights, dtype=K.dtype, device=K.device)
-    pts_ego = torch.cat((xy[:, None].expand(-1, len(z), -1), z[None, :, None].expand(len(xy), -1, -1)), -1)  # (Q, Z, 3)
+    N, xy = K.shape[1], grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
+    pts_ego = torch.stack([F.pad(xy, (0, 1), value=z) for z in heights], 1)  # (Q, Z, 3)
     with torch.autocast(K.device.type, enabled=False):
         uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, Q, Z, 2), (B, N, Q, Z)
-        anchors = uv / uv.new_tensor((w, h))
+        anchors = uv / uv.new_tensor(image_size[::-1])
     inside = (depth > 1e-5) & (anchors > 0).all(-1) & (anchors < 1).all(-1)
     b, n, q = inside.any(-1).nonzero(as_tuple=True)
     return (b * N + n).int(), b * len(xy) + q, anchors[b, n, q]
