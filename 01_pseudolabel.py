@@ -98,13 +98,10 @@ def segmenter_config(name):
         sys.exit(f"error: --segmenter {name} is a {config.model_type}, not a Mask2Former: give another one")
     if not folder.is_dir():
         return config, config._commit_hash
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    if not weights:
+    data = b"".join(path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin"))
+    if not data:
         sys.exit(f"error: --segmenter {name} holds no weights (*.safetensors): copy them there")
-    digest = hashlib.sha256()
-    for path in weights:
-        digest.update(path.read_bytes())
-    return config, digest.hexdigest()[:12]
+    return config, hashlib.sha256(data).hexdigest()[:12]
 
 
 @watched()
