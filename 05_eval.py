@@ -151,17 +151,12 @@ def paint(classes):
     return table[classes.long().cpu()]
 
 
-def overlay(image, classes):
-    """Lay class colours over an image (3, h, w) uint8; background stays as it is, ignored pixels turn grey."""
-    image = image.permute(1, 2, 0).cpu().float()
-    strength = torch.where(classes == IGNORE, 0.5, torch.where(classes == 0, 0.0, 0.75)).cpu().unsqueeze(-1)
-    return ((1 - strength) * image + strength * paint(classes).float()).byte()
-
-
-def camera_block(images, classes, order):
-    """Overlaid cameras in this order, three a row: RGB (rows * h, 3w, 3) uint8, GROUND where no camera is left.
-    images (N, 3, h, w), classes (N, h, w)."""
-    tiles = [overlay(images[n], classes[n]) for n in order]  # (h, w, 3) each
+def camera_block(images, classes):
+    """Class colours laid over cameras, background left as it is, three a row: RGB (rows * h, 3w, 3) uint8, GROUND where
+    no camera is left. images (N, 3, h, w), classes (N, h, w)."""
+    images, strength = images.permute(0, 2, 3, 1).cpu(), classes.cpu().unsqueeze(-1)
+    strength = torch.where(strength == IGNORE, 0.5, torch.where(strength == 0, 0.0, 0.75))  # (N, h, w, 1)
+    tiles = list(((1 - strength) * images + strength * paint(classes)).byte())  # (h, w, 3) each
     tiles += [torch.tensor(GROUND, dtype=torch.uint8).expand_as(tiles[0])] * (-len(tiles) % 3)
     return torch.cat([torch.cat(tiles[k:k + 3], 1) for k in range(0, len(tiles), 3)], 0)
 
@@ -187,11 +182,11 @@ def contact_sheet(frame, logits, grid, title="prediction"):
     predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
     prediction = logits[0].argmax(0)  # (H, W)
     if "bev" not in frame:
-        blocks = {"cameras with the prediction, rendered": camera_block(images, predicted, range(len(images)))}
+        blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
         return page_of(blocks, {title: paint(prediction)}, {"car, pointing ahead": PAPER}, grid)
     order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
-    blocks = {"cameras with pseudo-labels": camera_block(images, frame["label"][0], order),
-              "cameras with the prediction, rendered": camera_block(images, predicted, order)}
+    blocks = {"cameras with pseudo-labels": camera_block(images[order], frame["label"][0, order]),
+              "cameras with the prediction, rendered": camera_block(images[order], predicted[order])}
     maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
 
