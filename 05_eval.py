@@ -76,8 +76,7 @@ def predict(frames, model, config, scenes):
     """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers)."""
     bev = pose = None
     for index in (i for i, (scene, _) in enumerate(frames.samples) if scene in scenes):
-        item = torch.utils.data.default_collate([frames[index]])
-        frame = {k: v.to(DEVICE) for k, v in item.items()}
+        frame = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([frames[index]]).items()}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
         if model is None:
             yield index, frame, inverse_perspective(frame, config.grid)
@@ -106,9 +105,8 @@ def evaluate(frames, model, config):
     by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
     quality = torch.zeros(len(frames), device=DEVICE)
     own = range(RANK, len(frames.scenes), RANKS)
-    progress = tqdm(predict(frames, model, config, own), total=-(-len(frames) // RANKS), desc="eval", unit="frame",
-                    disable=RANK > 0)
-    for index, frame, logits in progress:
+    for index, frame, logits in tqdm(predict(frames, model, config, own), desc="eval", unit="frame",
+                                     total=-(-len(frames) // RANKS), disable=RANK > 0):
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
         counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
                               for k in range(len(by_ring))])  # (rings, classes, classes)
