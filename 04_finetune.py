@@ -74,8 +74,7 @@ if __name__ == "__main__":
     model = initial_model(args, config, path).to(DEVICE)
     rest = {}
     if args.consensus.get("target") in ("consensus", "painted") and not args.labelled_only:
-        learnt = Path(args.init.removesuffix(".pt"))
-        rest = {scene: learnt / f"{scene}.pt" for scene in train if scene not in args.scenes}
+        rest = {scene: Path(args.init).with_suffix("") / f"{scene}.pt" for scene in train if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, args.consensus)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     args.seen = sorted({*args.seen, *args.scenes, *rest})
