@@ -32,7 +32,6 @@ import time
 import warnings
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -682,12 +681,6 @@ def mirror(item):
 
 # ---------------------------------------------------------------- what the training stages share
 
-@lru_cache(maxsize=4)
-def permutation(n, seed, epoch):
-    """The order of n samples in one epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
-
-
 def batch_samples(n, args, history, start):
     """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
     history), the same samples a step for any number of ranks. (Of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
@@ -698,12 +691,14 @@ def batch_samples(n, args, history, start):
     """
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
+    order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * args.seed + epoch)).tolist()
+             for epoch in range(start * args.batch_size // n, args.steps * args.batch_size // n + 1)}
     batches = []
     for step in range(start, args.steps):
         rng = random.Random(f"{args.seed} {step}")
         back = history if rng.random() < HISTORY_SHARE else 0
         places = range(step * args.batch_size, (step + 1) * args.batch_size)
-        samples = [(permutation(n, args.seed, i // n)[i % n], rng.random() < 0.5, back) for i in places]
+        samples = [(order[i // n][i % n], rng.random() < 0.5, back) for i in places]
         batches += [samples[part * RANKS + RANK::args.accumulate * RANKS] for part in range(args.accumulate)]
     return batches
 
