@@ -159,11 +159,10 @@ class SpatialCrossAttention(nn.Module):
         seen = 0
         for level, feature in enumerate(features):
             h, w = feature.shape[1:3]
-            x_level, y_level = (offset[:, :, level] + size * anchors[:, None, None, :, axis]  # (R, M, P/Z, Z)
-                                for axis, (offset, size) in enumerate(((x, w), (y, h))))
+            places = [(offset[:, :, level] + size * anchors[:, None, None, :, axis]).flatten(2)  # (R, M, P)
+                      for axis, (offset, size) in enumerate(((x, w), (y, h)))]
             # Values are projected once a layer and camera, not once a query: (B*N, h, w, M, D)
             maps = self.value(feature).unflatten(-1, (M, C // M))
-            places = x_level.flatten(2), y_level.flatten(2)  # (R, M, P)
             seen = seen + deformable_attention(maps, *places, weights[:, :, level], camera.view(R, 1, 1))  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
         total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, cell, seen)  # (B*Q, C)
