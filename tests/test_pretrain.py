@@ -275,7 +275,7 @@ def test_a_stop_line_is_no_divider():
 
 
 def test_the_slope_of_the_ground_is_found():
-    """Cameras that look down by 1.5 degrees more than they say: the crossing, from x = 20 to 23, comes out too far ahead,
+    """Cameras that look down by 1.5 degrees more than they say: the crossing, x = 20 to 23, comes out too far ahead,
     unless that is found."""
     frames = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=1.5)
     assert math.degrees(stage.find_slope(frames, 0, flags())) == pytest.approx(1.5, abs=0.3)
