@@ -45,7 +45,8 @@ CLASSES = ("background", "divider", "ped_crossing", "boundary")
 NUM_CLASSES = len(CLASSES)
 CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
-FRAMES_META, GRID_META = ("image_size",), ("x_range", "y_range", "cell", "line_width")  # what frames, bev_gt depend on
+FRAMES_META = ("format", "classes", "image_size")  # what frames depend on, and bev_gt
+GRID_META = ("format", "classes", "x_range", "y_range", "cell", "line_width")
 FRAMES_KEYS = ("timestamp", "image", "label", "K", "ego_T_cam", "world_T_ego")  # what frames have of each key frame
 CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope")  # of 03: what a consensus depends on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -561,28 +562,25 @@ def make_meta(config, source):
             "image_size": list(config.image_size), "source": source}
 
 
-def check_meta(path, meta, config, keys, remedy):
-    """Stop with one line if the artifact was made for another format, grid or image size than `config` asks."""
-    expected = make_meta(config, None)
-    for key in ("format", "classes", *keys):
-        if meta.get(key) != expected[key]:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {expected[key]}: {remedy}")
+def check_meta(path, found, expected, keys, remedy):
+    """Stop with one line if an artifact was made with another value of one of the keys than is expected."""
+    for key in keys:
+        if found.get(key) != expected[key]:
+            sys.exit(f"error: {path} was made with {key} {found.get(key)}, expected {expected[key]}: {remedy}")
 
 
 def is_finished(path, meta, keys, tokens, remedy):
     """Whether `path` holds what this run would write; stop with one line if it was made some other way.
 
-    keys: what of the meta the artifact depends on, beside format, classes and source. tokens: of its key frames.
+    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames.
     """
     if not Path(path).exists():
         return False
     found = load_artifact(path, "delete it and run again")
-    expected = {**meta, **meta["source"], "key frames": tokens}
-    found = {**found["meta"], **found["meta"]["source"], "key frames": found["token"]}
-    for key in ("format", "classes", *keys, *meta["source"], "key frames"):
-        if found.get(key) != expected[key]:
-            change = "" if key == "key frames" else f" {found.get(key)}, now {expected[key]}"
-            sys.exit(f"error: {path} was made with other {key}{change}: {remedy}")
+    check_meta(path, found["meta"], meta, keys, remedy)
+    check_meta(path, found["meta"]["source"], meta["source"], meta["source"], remedy)
+    if found["token"] != tokens:
+        sys.exit(f"error: {path} was made with other key frames: {remedy}")
     return True
 
 
@@ -603,24 +601,22 @@ class Frames(torch.utils.data.Dataset):
         if config.y_range[0] != -config.y_range[1]:
             sys.exit(f"error: y_range {config.y_range} in model.py: the grid must reach as far to the left as to the "
                      "right, as half of the training samples are mirrored")
-        self.history, self.scenes, self.samples, made_of = history, [], [], []
+        self.history, self.scenes, self.samples, made_of, meta = history, [], [], [], make_meta(config, None)
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
             frames = load_artifact(path, "run 01_pseudolabel.py", FRAMES_KEYS)
-            check_meta(path, frames["meta"], config, FRAMES_META, "run 01_pseudolabel.py with this --preset")
+            check_meta(path, frames["meta"], meta, FRAMES_META, "run 01_pseudolabel.py with this --preset")
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
                 remedy = "run 03_pretrain.py" if learnt else "run 02_bev_gt.py"
                 truth = load_artifact(path, remedy, ("bev",))
-                check_meta(path, truth["meta"], config, GRID_META, f"{remedy} with this --preset")
+                check_meta(path, truth["meta"], meta, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
                 made_with = {**frames["meta"]["source"], **dict(settings)} if learnt else {}
-                for key, value in made_with.items():
-                    if truth["meta"]["source"].get(key) != value:
-                        sys.exit(f"error: {path} was made with other {key} than the checkpoint or frames/{scene}.pt: "
-                                 "delete its folder and its checkpoint, run 03_pretrain.py again")
+                check_meta(path, truth["meta"]["source"], made_with, made_with,
+                           "delete its folder and its checkpoint, run 03_pretrain.py again")
                 frames["bev"] = truth["bev"]
                 made_of.append(truth["meta"]["source"])
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]

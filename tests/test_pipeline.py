@@ -110,7 +110,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed 10000000000000000: give a number from 0 to"),
     ("03_pretrain.py", ["--name", "frames"], "--name frames: there another stage writes"),
     ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was trained with temporal_weight 5.0, not 4.0"),
-    ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with other view_range inf, now 9.0: delete"),
+    ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: run 04_finetune.py"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
     ("05_eval.py", ["--animate", "nowhere.pt"], "nowhere.pt is missing: give checkpoints of 03 or 04"),
@@ -157,7 +157,7 @@ def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
     stage = tmp_path / "03_pretrain.py"
     stage.write_text((ROOT / stage.name).read_text().replace("> 0.4]", "> 0.5]"))
     said = run(stage, "--steps", 3, cwd=world, ok=False)
-    assert "was made with other rules" in said and "delete out/pretrain or choose another --name" in said
+    assert "was made with rules" in said and "delete out/pretrain or choose another --name" in said
     stage.write_text((ROOT / stage.name).read_text())
     assert "nothing to do" in run(stage, "--steps", 3, cwd=world)
 
@@ -181,7 +181,7 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     (tmp_path / "out/half.pt").unlink()
     content["meta"]["source"]["margin"] += 1
     save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
-    assert f"{other.name} was made with other margin" in run(*tune, cwd=tmp_path, ok=False)
+    assert f"{other.name} was made with margin 2, expected 1" in run(*tune, cwd=tmp_path, ok=False)
 
 
 def test_training_sees_nothing_of_what_its_split_holds_out(world, tmp_path):

@@ -295,7 +295,7 @@ def test_sweeps_follow_the_key_frames(world, tmp_path):
                 assert np.isclose(np.arctan2(*world_T_ego[[1, 0], 0]), turn.yaw_pitch_roll[0], atol=1e-3)
     item = Frames(out, [scene["name"]], PRESETS["toy"], history=1)
     assert len(item) == 2 and item[1]["image"].shape == (2, 6, 3, 144, 256)
-    fails(run(world, "--out", out), scene["name"], "sweeps 2, now 0", "delete", "--out")
+    fails(run(world, "--out", out), scene["name"], "sweeps 2, expected 0", "delete", "--out")
 
 
 @pytest.mark.parametrize("there, wanted", [
@@ -390,7 +390,7 @@ def test_resumes_by_scene(world, tmp_path):
     assert all(torch.equal(a, b) for one, two in zip(before["label"], after["label"]) for a, b in zip(one, two))
     assert "nothing to do" in run(world, "--out", tmp_path / "out").stdout
     fails(run(world, "--segmenter-size", "300", "512"), "--segmenter-size: give multiples of 32")
-    fails(run(world, "--out", tmp_path / "out", "--min-confidence", "0.6"), first.name, "min_confidence 0.35, now 0.6",
+    fails(run(world, "--out", tmp_path / "out", "--min-confidence", "0.6"), first.name, "min_confidence 0.35, expected 0.6",
           "delete", "--out")
 
 
