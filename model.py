@@ -33,8 +33,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
 from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm,
-                       Grid, Linear, batch_samples, deformable_attention, keep_freed_memory, learning_rate, load_pt,
-                       pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks, warp, watched,
+                       Grid, Linear, batch_samples, check_meta, deformable_attention, keep_freed_memory, learning_rate,
+                       load_pt, pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks, warp, watched,
                        whole_file)
 
 # ---------------------------------------------------------------- size of everything
@@ -419,10 +419,8 @@ def load_checkpoint(path, remedy, config=None):
         found = Config(**checkpoint["config"])
     except TypeError as error:
         sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
-    if config is not None and found != config:
-        pairs = ((key, value, getattr(config, key)) for key, value in vars(found).items())
-        differs = ", ".join(f"{key} {theirs} (expected {mine})" for key, theirs, mine in pairs if mine != theirs)
-        sys.exit(f"error: {path} is of another architecture: {differs}: {remedy}")
+    if config is not None:
+        check_meta(path, vars(found), vars(config), vars(config), remedy)
     model = BEVSegmenter(found)
     try:
         model.load_state_dict(checkpoint["model"])
@@ -585,10 +583,8 @@ def resume(model, optimizer, args, path):
         return 0, []
     remedy = "delete it or choose another --name"
     checkpoint, half_done = load_checkpoint(path, remedy, model.config)
-    for key, value in vars(args).items():
-        free = key in ("workers", "checkpointing", "out", "name", "init", "seen")  # seen: follows from others
-        if not free and checkpoint["args"].get(key) != value:
-            sys.exit(f"error: {path} was trained with {key} {checkpoint['args'].get(key)}, not {value}: {remedy}")
+    free = {"workers", "checkpointing", "out", "name", "init", "seen"}  # seen follows from others
+    check_meta(path, checkpoint["args"], vars(args), [key for key in vars(args) if key not in free], remedy)
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")
         sys.exit(0)

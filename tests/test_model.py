@@ -507,7 +507,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:  # finished: says so, does nothing, exit code 0
         train(tmp_path / "whole.pt", 6)
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="was trained with steps 6, not 8"):
+    with pytest.raises(SystemExit, match="was made with steps 6, expected 8"):
         train(tmp_path / "whole.pt", 8)
 
 
@@ -549,8 +549,8 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     train(tmp_path / "a.pt", 1)
     _, model = load_checkpoint(tmp_path / "a.pt", "", SMALL)
     assert model.config == SMALL
-    with pytest.raises(SystemExit, match="another architecture: .*channels 16 .expected 64."):
-        load_checkpoint(tmp_path / "a.pt", "", PRESETS["toy"])
+    with pytest.raises(SystemExit, match="a.pt was made with .*, expected .*: run 03"):
+        load_checkpoint(tmp_path / "a.pt", "run 03", PRESETS["toy"])
     with pytest.raises(SystemExit, match="missing: run 03"):
         load_checkpoint(tmp_path / "b.pt", "run 03")
     save_pt({"meta": 1}, tmp_path / "c.pt")

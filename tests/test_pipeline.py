@@ -103,13 +103,13 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
-    ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was trained with temporal within, not off"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was made with temporal within, expected off"),
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin -2: give -1 or more"),
     ("03_pretrain.py", ["--temporal-weight", "nan"], "argument --temporal-weight: invalid not_negative value: 'nan'"),
     ("04_finetune.py", ["--image", "-1"], "argument --image: invalid not_negative value: '-1'"),
     ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed 10000000000000000: give a number from 0 to"),
     ("03_pretrain.py", ["--name", "frames"], "--name frames: there another stage writes"),
-    ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was trained with temporal_weight 5.0, not 4.0"),
+    ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was made with temporal_weight 5.0, expected 4.0"),
     ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: run 04_finetune.py"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
@@ -136,7 +136,7 @@ def test_a_released_bevformer_is_a_start(world):
     assert "nothing to do" in run(*again, cwd=world)
     state["pts_bbox_head.code_weights"] += 1
     torch.save({"state_dict": state}, world / "official.pth")
-    assert "was trained with init_digest" in run(*again, cwd=world, ok=False)
+    assert "was made with init_digest" in run(*again, cwd=world, ok=False)
 
 
 def test_checkpoint_of_another_architecture(world):
@@ -144,7 +144,7 @@ def test_checkpoint_of_another_architecture(world):
     checkpoint["config"]["channels"] = 32
     save_pt(checkpoint, world / "out/other.pt")
     finetune = "04_finetune.py", "--init", "out/other.pt", "--name", "b"
-    assert "another architecture: channels 32 (expected 64)" in run(*finetune, cwd=world, ok=False)
+    assert "other.pt was made with channels 32, expected 64: run 03" in run(*finetune, cwd=world, ok=False)
     checkpoint["config"]["channels"], checkpoint["args"]["steps"] = 64, 9
     save_pt(checkpoint, world / "out/other.pt")
     assert "stopped at step 3 of 9" in run(*finetune, cwd=world, ok=False)
