@@ -156,11 +156,9 @@ def fill_rings(points, ring, shape):
 
 def rasterise(road_map, world_T_ego, grid, line_width):
     """The map around the car: (H, W) uint8 class index a cell. world_T_ego (4, 4) float64, levelled."""
-    (behind, ahead), (right, left) = grid.x_range, grid.y_range
     margin, R, t = line_width / 2, world_T_ego[:2, :2].numpy(), world_T_ego[:2, 3].numpy()
-    middle, half = np.array([(ahead + behind, left + right), (ahead - behind, left - right)]) / 2
-    here, far = R @ middle + t, np.abs(R) @ half + margin  # what the grid reaches along the world's axes
-    window = shapely.box(*(here - far), *(here + far))
+    rim = np.stack(np.meshgrid(grid.x_range, grid.y_range), -1).reshape(4, 2) @ R.T + t  # the grid's corners, world
+    window = shapely.box(*(rim.min(0) - margin), *(rim.max(0) + margin))
 
     def to_cells(xy_world):  # (..., 2) -> (row, column), in cells: the upper left corner is (0, 0)
         return grid.cells((xy_world - t) @ R)  # the inverse of a rotation is its transpose: p @ R
