@@ -390,8 +390,8 @@ def test_resumes_by_scene(world, tmp_path):
     assert all(torch.equal(a, b) for one, two in zip(before["label"], after["label"]) for a, b in zip(one, two))
     assert "nothing to do" in run(world, "--out", tmp_path / "out").stdout
     fails(run(world, "--segmenter-size", "300", "512"), "--segmenter-size: give multiples of 32")
-    fails(run(world, "--out", tmp_path / "out", "--min-confidence", "0.6"), first.name, "min_confidence 0.35, expected 0.6",
-          "delete", "--out")
+    fails(run(world, "--out", tmp_path / "out", "--min-confidence", "0.6"), first.name,
+          "min_confidence 0.35, expected 0.6", "delete", "--out")
 
 
 def test_broken_images(world, tmp_path):
