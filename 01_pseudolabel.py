@@ -247,10 +247,9 @@ def load_image(path, image_size, segmenter_size):
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except FileNotFoundError:
-        sys.exit(f"error: image {path} is missing: unpack the data set's images again")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        sys.exit(f"error: image {path} is damaged ({error}): unpack the data set's images again")
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        sys.exit(f"error: image {path} {what}: unpack the data set's images again")
     # Pillow's resize is antialiased, and its threads do not fight for the cores as PyTorch's would.
     small, shown = (image.resize((w, h), Image.Resampling.BILINEAR) for h, w in (image_size, segmenter_size))
     return encode(small, "JPEG"), torch.from_numpy(np.array(shown)).permute(2, 0, 1)

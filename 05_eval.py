@@ -9,7 +9,8 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
        over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up);
        out/eval/distance.png: IoU against distance from the car; with --animate
        out/eval/animation.webp: the median key frame under one checkpoint after the other; with --images
-       out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W)} alone
+       out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W), seen (H, W) bool: by
+       any camera} alone
 
     python 05_eval.py
     python 05_eval.py --animate out/pretrain.pt out/finetune.pt
@@ -28,8 +29,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_confusion, iou, load_checkpoint, step
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, claim, join_ranks,
-                       lift, read_json, read_splits, render, save_json, save_pt, sum_over_ranks, watched, whole_file)
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames,
+                       cells_in_cameras, claim, join_ranks, lift, read_json, read_splits, render, save_json, save_pt,
+                       sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 RING = 2.5  # m; ground this wide is one point of IoU against distance
@@ -172,6 +174,11 @@ def error_map(prediction, truth):
     return torch.tensor((GROUND, *ERRORS.values(), IGNORED), dtype=torch.uint8)[error.cpu()]
 
 
+def seen_ground(frame, grid):
+    """Which cells any camera of a frame, a batch of one, sees: (H, W) bool."""
+    return cells_in_cameras(frame["K"], frame["ego_T_cam"], frame["image"].shape[-2:], grid)[1][0].any(0)
+
+
 def contact_sheet(frame, logits, grid, title="prediction"):
     """One key frame on one page. frame: a batch of one, without "bev" there is nothing to compare it with;
     logits (1, classes, H, W); title: of the predicted map."""
@@ -181,7 +188,9 @@ def contact_sheet(frame, logits, grid, title="prediction"):
     prediction = logits[0].argmax(0)  # (H, W)
     if "bev" not in frame:
         blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
-        return page_of(blocks, {title: paint(prediction)}, {"car, pointing ahead": PAPER}, grid)
+        dark = (3 - 2 * seen_ground(frame, grid).byte()).unsqueeze(-1).cpu()  # (H, W, 1): 3 where no camera sees
+        legend = {"dark: seen by no camera": tuple(c // 3 for c in GROUND), "car, pointing ahead": PAPER}
+        return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
     order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
     blocks = {"cameras with pseudo-labels": camera_block(images[order], frame["label"][0, order]),
               "cameras with the prediction, rendered": camera_block(images[order], predicted[order])}
@@ -249,6 +258,9 @@ def read_rig(folder, calibration, config):
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             sys.exit(f"error: {Path(folder) / name} cannot be read ({error}): give the images that {calibration} names")
+        if not (0 < K[-1][0, 2] < image.width and 0 < K[-1][1, 2] < image.height):
+            sys.exit(f"error: {calibration}: {name} has {image.width} x {image.height} pixels, and the centre of its K "
+                     "lies outside: give the K of the image as it is on disk")
         h, w = config.image_size
         K[-1] = torch.tensor((w / image.width, h / image.height, 1))[:, None] * K[-1]  # pixel centres lie at +0.5
         images.append(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
@@ -268,9 +280,12 @@ def predict_rig(args, model):
     folder, sheet = Path(args.out) / "eval", contact_sheet(frame, logits, model.config.grid)
     with whole_file(folder / "rig.png") as file:
         sheet.save(file, "PNG")
-    save_pt({"bev": logits[0].argmax(0).byte().cpu(), "probability": logits[0].softmax(0).cpu()}, folder / "rig.pt")
+    content = {"bev": logits[0].argmax(0).byte(), "probability": logits[0].softmax(0),
+               "seen": seen_ground(frame, model.config.grid)}
+    save_pt({key: value.cpu() for key, value in content.items()}, folder / "rig.pt")
+    wide = torch.rad2deg(2 * torch.atan(model.config.image_size[1] / 2 / frame["K"][0, :, 0, 0]))  # (N,)
     print(f"{folder}/rig.png and rig.pt written: {len(nearest)} cameras, taken for "
-          + ", ".join(CAMERAS[n] for n in nearest))
+          + ", ".join(f"{CAMERAS[n]} ({degrees:.0f} degrees wide)" for n, degrees in zip(nearest, wide)))
 
 
 # ---------------------------------------------------------------- tables, and a curve
@@ -319,7 +334,7 @@ if __name__ == "__main__":
     if args.checkpoint == "ipm":
         model, config, seen = None, PRESETS[args.preset], []
     else:
-        checkpoint, model = load_checkpoint(args.checkpoint, "run 04_finetune.py, or give a checkpoint of 03 or 04")
+        checkpoint, model = load_checkpoint(args.checkpoint, "run 04_finetune.py, or give another one's path")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
         config, seen = model.config, checkpoint["args"].get("seen", [])
         model.to(DEVICE).eval()

@@ -229,6 +229,9 @@ class BEVSegmenter(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.channels
+        names = "resnet10", *torchvision.models.list_models(torchvision.models, include=["res*", "wide_res*"])
+        if config.backbone not in names:
+            sys.exit(f"error: there is no backbone {config.backbone} (model.py): choose one of {', '.join(names)}")
         backbone = (ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)  # not in torchvision's list
                     if config.backbone == "resnet10" else
                     torchvision.models.get_model(config.backbone, norm_layer=BatchNorm))
@@ -433,14 +436,15 @@ def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
     checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights), args.seen (their scenes) and
     args.consensus (the flags of 03 that say what consensus goes with them)."""
-    model, goes_on = BEVSegmenter(config), Path(path).exists()
+    model, known = BEVSegmenter(config), {}
     args.init_digest, args.seen, args.consensus = None, [], {}
+    if Path(path).exists():  # it is refused now rather than after the minutes in which 03 votes
+        known = load_checkpoint(path, "choose another --name, or the --preset that it was made with", config)[0]["args"]
     if args.init == "scratch":
-        if config.weights and not goes_on:  # a run that goes on has its weights already
+        if config.weights and not known:  # a run that goes on has its weights already
             model.load_backbone_weights()
         return model
-    if goes_on and not Path(args.init).exists():
-        known = load_checkpoint(path, "delete it or choose another --name")[0]["args"]
+    if known and not Path(args.init).exists():
         args.init_digest, args.seen = known.get("init_digest"), known.get("seen", [])
         args.consensus = known.get("consensus", {})
         return model
@@ -456,7 +460,8 @@ def initial_model(args, config, path):
         print("{}: {} parameters used, {} of the detector ignored; left at their start: {}".format(
             args.init, len(report["used"]), len(report["ignored"]), ", ".join(report["left"])))
     else:
-        checkpoint, model = load_checkpoint(args.init, "run 03_pretrain.py", config)
+        remedy = "run 03_pretrain.py, or give the --init and --preset of what it has written"
+        checkpoint, model = load_checkpoint(args.init, remedy, config)
         if checkpoint["step"] < checkpoint["args"]["steps"]:
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again with the same flags, it goes on from there")

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pyquaternion import Quaternion  # comes with nuscenes-devkit
 from torch.distributed.nn.functional import all_reduce
 
 FORMAT = 1
@@ -372,11 +373,7 @@ def deformable_attention(maps, x, y, weights, source):
 
 def pose_matrix(record):
     """a_T_b (4, 4) float64 from the `rotation` (w, x, y, z) and `translation` of an ego_pose or calibrated_sensor."""
-    w, x, y, z = F.normalize(torch.tensor(record["rotation"], dtype=torch.float64), dim=0).tolist()
-    a_T_b = torch.eye(4, dtype=torch.float64)
-    a_T_b[0, :3] = a_T_b.new_tensor((1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)))
-    a_T_b[1, :3] = a_T_b.new_tensor((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)))
-    a_T_b[2, :3] = a_T_b.new_tensor((2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)))
+    a_T_b = torch.from_numpy(Quaternion(record["rotation"]).transformation_matrix)
     a_T_b[:3, 3] = torch.tensor(record["translation"], dtype=torch.float64)
     return a_T_b
 

@@ -141,6 +141,8 @@ def test_levelled_keeps_place_and_heading():
         axis=(1, 0, 0), degrees=-3)
     record = {"rotation": list(q), "translation": [100.0, 2000.0, 1.5]}
     assert np.allclose(pose_matrix(record)[:3, :3].numpy(), q.rotation_matrix, atol=1e-12)
+    quarter = pose_matrix({"rotation": [1, 0, 0, 1], "translation": [5, 6, 7]})  # to the left, not normalised
+    assert np.allclose(quarter.numpy(), [[0, -1, 0, 5], [1, 0, 0, 6], [0, 0, 1, 7], [0, 0, 0, 1]], atol=1e-12)
     level = levelled(pose_matrix(record)).numpy()
     assert np.allclose(level[:3, :3], Quaternion(axis=(0, 0, 1), radians=quaternion_yaw(q)).rotation_matrix, atol=1e-12)
     assert level[:3, 3].tolist() == [100.0, 2000.0, 1.5]

@@ -150,6 +150,23 @@ def test_checkpoint_of_another_architecture(world):
     assert "stopped at step 3 of 9" in run(*finetune, cwd=world, ok=False)
 
 
+def test_a_run_that_cannot_go_on_is_refused_before_its_minutes_of_votes(world):
+    checkpoint = torch.load(world / "out/pretrain.pt", weights_only=True)
+    checkpoint["config"]["layers"] = 1
+    save_pt(checkpoint, world / "out/shallow.pt")
+    said = run("03_pretrain.py", "--steps", 3, "--name", "shallow", cwd=world, ok=False)
+    assert "shallow.pt was made with layers 1, expected 2: choose another --name, or the --preset" in said
+    assert not (world / "out/shallow").exists()
+
+
+def test_a_backbone_that_does_not_exist(world, tmp_path):
+    for name in ("03_pretrain.py", "reproject.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "model.py").write_text((ROOT / "model.py").read_text().replace('= "resnet10"\n', '= "resnet35"\n'))
+    said = run(tmp_path / "03_pretrain.py", "--name", "b", cwd=world, ok=False)
+    assert "there is no backbone resnet35 (model.py): choose one of resnet10, resnet101, " in said
+
+
 def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
     """Whoever edits a rule of the consensus must not train on the maps of before."""
     for name in ("model.py", "reproject.py"):

@@ -13,6 +13,7 @@ from reproject import CAMERAS, save_pt
 
 CONFIG = PRESETS["toy"]
 H, W = CONFIG.image_size
+PALETTE = {(45, 45, 45), (240, 228, 66), (86, 180, 233), (213, 94, 0)}  # background and the three classes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def test_six_cameras_in_any_order_and_of_twice_the_size(network):
     write_rig(folder, images, K, ego_T_cam, [3, 1, 5, 0, 2, 4])
     done = run(folder, *RIG)
     assert done.returncode == 0, done.stderr
-    assert ", ".join(CAMERAS[n] for n in (3, 1, 5, 0, 2, 4)) in done.stdout
+    # 2 atan(128 / 200) = 65.2 degrees
+    assert ", ".join(f"{CAMERAS[n]} (65 degrees wide)" for n in (3, 1, 5, 0, 2, 4)) in done.stdout
     found = torch.load(folder / "out/eval/rig.pt", weights_only=True)
     torch.testing.assert_close(found["probability"], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found["bev"].long(), found["probability"].argmax(0))
@@ -65,16 +67,33 @@ def test_six_cameras_in_any_order_and_of_twice_the_size(network):
 
 
 @pytest.mark.parametrize("yaws, names", [
-    ([10], "1 cameras, taken for CAM_FRONT\n"),
-    ([0, 45, 90, 135, 180, -135, -90, -45], "CAM_FRONT, CAM_FRONT_LEFT, CAM_BACK_LEFT, CAM_BACK_LEFT, CAM_BACK, "
-                                            "CAM_BACK_RIGHT, CAM_BACK_RIGHT, CAM_FRONT_RIGHT\n")])
+    ([10], ["CAM_FRONT"]),
+    ([0, 45, 90, 135, 180, -135, -90, -45], "CAM_FRONT CAM_FRONT_LEFT CAM_BACK_LEFT CAM_BACK_LEFT CAM_BACK "
+                                            "CAM_BACK_RIGHT CAM_BACK_RIGHT CAM_FRONT_RIGHT".split())])
 def test_rigs_of_one_and_of_eight(network, yaws, names):
     _, folder = network
     K, ego_T_cam = (x[0] for x in surround(yaws=yaws))
     write_rig(folder, torch.zeros(len(yaws), 3, 90, 160, dtype=torch.uint8), K, ego_T_cam)
     done = run(folder, *RIG)
-    assert done.returncode == 0 and done.stdout.endswith(names), done.stderr + done.stdout
+    # 2 atan(80 / 200) = 43.6 degrees
+    says = f": {len(yaws)} cameras, taken for " + ", ".join(f"{name} (44 degrees wide)" for name in names) + "\n"
+    assert done.returncode == 0 and done.stdout.endswith(says), done.stderr + done.stdout
     assert Image.open(folder / "out/eval/rig.png").width >= 700
+
+
+def test_what_no_camera_sees_is_dark(network):
+    """One camera, straight ahead, 1.5 m high: the ground nearer than 4 m and that to the sides is not seen."""
+    _, folder = network
+    write_rig(folder, torch.zeros(1, 3, 144, 256, dtype=torch.uint8), intrinsics()[None], camera()[None])
+    assert run(folder, *RIG).returncode == 0
+    seen = torch.load(folder / "out/eval/rig.pt", weights_only=True)["seen"]  # (200, 100), 0.3 m, the car at (100, 50)
+    # Lower edge of the image, v = 144: 1.5 m * 200 / 72 = 4.17 m ahead. Right edge, u = 256: 0.64 times the distance.
+    assert seen[:86, 50].all() and not seen[86:].any()
+    assert seen[50, 50 - 31:50 + 31].all() and not seen[50, :50 - 33].any() and not seen[50, 50 + 33:].any()
+    sheet = Image.open(folder / "out/eval/rig.png").convert("RGB")
+    left, top, height = 768 + 8, 24, 400  # of the map: beside a row of three tiles, below a line of text
+    assert sheet.getpixel((left + 100, top + height - 20)) in {tuple(c // 3 for c in colour) for colour in PALETTE}
+    assert sheet.getpixel((left + 100, top + 20)) in PALETTE
 
 
 def test_bad_rigs_are_one_line(network, tmp_path):
@@ -83,6 +102,7 @@ def test_bad_rigs_are_one_line(network, tmp_path):
     good = {"K": intrinsics().tolist(), "ego_T_cam": camera().tolist()}
     mirrored, nowhere = camera() * torch.tensor([-1.0, 1.0, 1.0, 1.0]), camera() + torch.nan * torch.eye(4)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (100, 80)).save(tmp_path / "small.png")  # K's centre is (128, 72)
     for rig, says in (
             (None, "rig.json is missing"), ("{", "rig.json is damaged"), ({}, "lists no 1 to 8 cameras"),
             ({str(n): good for n in range(9)}, "lists no 1 to 8 cameras"), ({"a.png": good}, "a.png cannot be read"),
@@ -93,7 +113,8 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"a.png": good | {"ego_T_cam": nowhere.tolist()}}, "no camera matrix"),
             ({"a.png": good | {"K": [*intrinsics().tolist()[:2], [0, 0, 0]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": [*camera().tolist()[:3], [0, 0, 0, 2]]}}, "a.png has no camera matrix"),
-            ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix")):
+            ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix"),
+            ({"small.png": good}, "small.png has 100 x 80 pixels, and the centre of its K lies outside")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
         if rig is not None:
             (tmp_path / "rig.json").write_text(rig if isinstance(rig, str) else json.dumps(rig))
