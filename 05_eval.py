@@ -138,10 +138,11 @@ def from_best_to_worst(quality, pictures):
 @torch.no_grad()
 def draw_sheet(frames, model, config, index, title):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
-    drive = predict(frames, model, config, (frames.samples[index][0],))
-    frame, logits = next((frame, logits) for i, frame, logits in drive if i == index)
+    scene, t = frames.samples[index]
+    frame, logits = next((frame, out) for i, frame, out in predict(frames, model, config, (scene,)) if i == index)
     score = quality_of(count_confusion(logits.argmax(1), frame["bev"]))
-    return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}")
+    place = f", {frames.scenes[scene]['scene']}, key frame {t}"
+    return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}", place)
 
 
 def paint(classes):
@@ -179,9 +180,9 @@ def seen_ground(frame, grid):
     return cells_in_cameras(frame["K"], frame["ego_T_cam"], frame["image"].shape[-2:], grid)[1][0].any(0)
 
 
-def contact_sheet(frame, logits, grid, title="prediction"):
+def contact_sheet(frame, logits, grid, title="prediction", place=""):
     """One key frame on one page. frame: a batch of one, without "bev" there is nothing to compare it with;
-    logits (1, classes, H, W); title: of the predicted map."""
+    logits (1, classes, H, W); title: of the predicted map; place: which key frame, for the title of its cameras."""
     images, K, ego_T_cam = frame["image"][0], frame["K"], frame["ego_T_cam"]
     rendered, valid = render(logits, K, ego_T_cam, images.shape[-2:], grid)
     predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
@@ -192,7 +193,7 @@ def contact_sheet(frame, logits, grid, title="prediction"):
         legend = {"dark: seen by no camera": tuple(c // 3 for c in GROUND), "car, pointing ahead": PAPER}
         return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
     order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
-    blocks = {"cameras with pseudo-labels": camera_block(images[order], frame["label"][0, order]),
+    blocks = {f"cameras with pseudo-labels{place}": camera_block(images[order], frame["label"][0, order]),
               "cameras with the prediction, rendered": camera_block(images[order], predicted[order])}
     maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
@@ -280,9 +281,8 @@ def predict_rig(args, model):
     folder, sheet = Path(args.out) / "eval", contact_sheet(frame, logits, model.config.grid)
     with whole_file(folder / "rig.png") as file:
         sheet.save(file, "PNG")
-    content = {"bev": logits[0].argmax(0).byte(), "probability": logits[0].softmax(0),
-               "seen": seen_ground(frame, model.config.grid)}
-    save_pt({key: value.cpu() for key, value in content.items()}, folder / "rig.pt")
+    bev, seen = logits[0].argmax(0).byte().cpu(), seen_ground(frame, model.config.grid).cpu()
+    save_pt({"bev": bev, "probability": logits[0].softmax(0).cpu(), "seen": seen}, folder / "rig.pt")
     wide = torch.rad2deg(2 * torch.atan(model.config.image_size[1] / 2 / frame["K"][0, :, 0, 0]))  # (N,)
     print(f"{folder}/rig.png and rig.pt written: {len(nearest)} cameras, taken for "
           + ", ".join(f"{CAMERAS[n]} ({degrees:.0f} degrees wide)" for n, degrees in zip(nearest, wide)))
