@@ -439,7 +439,7 @@ def initial_model(args, config, path):
     model, known = BEVSegmenter(config), {}
     args.init_digest, args.seen, args.consensus = None, [], {}
     if Path(path).exists():  # it is refused now rather than after the minutes in which 03 votes
-        known = load_checkpoint(path, "choose another --name, or the --preset that it was made with", config)[0]["args"]
+        known = load_checkpoint(path, "delete it, choose another --name or the --preset it has", config)[0]["args"]
     if args.init == "scratch":
         if config.weights and not known:  # a run that goes on has its weights already
             model.load_backbone_weights()

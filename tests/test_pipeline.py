@@ -155,7 +155,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_its_minutes_of_votes(world):
     checkpoint["config"]["layers"] = 1
     save_pt(checkpoint, world / "out/shallow.pt")
     said = run("03_pretrain.py", "--steps", 3, "--name", "shallow", cwd=world, ok=False)
-    assert "shallow.pt was made with layers 1, expected 2: choose another --name, or the --preset" in said
+    assert "made with layers 1, expected 2: delete it, choose another --name or the --preset it has" in said
     assert not (world / "out/shallow").exists()
 
 
