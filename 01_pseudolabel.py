@@ -51,7 +51,6 @@ GROUPS = {
         "Traffic Sign (Front)", "Trash Can", "Bicycle", "Boat", "Bus", "Car", "Caravan", "Motorcycle", "On Rails",
         "Other Vehicle", "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle", "Unlabeled"),
 }
-NEEDED = ("Road", "Sidewalk", "Curb", "Lane Marking - General", "Lane Marking - Crosswalk")
 LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the network: they win it from a third of its area
 
 
@@ -134,13 +133,13 @@ def load_segmenter(name, device):
 def group_labels(names):
     """(L, G) 0/1: to which of the GROUPS each of the checkpoint's L label names belongs."""
     known = {name: group for group, members in enumerate(GROUPS.values()) for name in members}
-    unknown, missing = set(names) - set(known), set(NEEDED) - set(names)
+    unknown, missing = set(names) - set(known), set(range(len(GROUPS) - 1)) - {known.get(name) for name in names}
+    if missing:
+        sys.exit(f"error: the segmenter has no label for {[list(GROUPS)[group] for group in missing]}; it has "
+                 f"{sorted(names)}: give one that was trained on Mapillary Vistas, or edit GROUPS in 01_pseudolabel.py")
     if unknown:
         sys.exit(f"error: the segmenter has labels that GROUPS does not place: {sorted(unknown)}; "
                  f"it knows {sorted(known)}: add them to the table in 01_pseudolabel.py")
-    if missing:
-        sys.exit(f"error: the segmenter lacks the labels {sorted(missing)}; it has {sorted(names)}: "
-                 "give one that was trained on Mapillary Vistas")
     return F.one_hot(torch.tensor([known[name] for name in names]), len(GROUPS)).float()
 
 

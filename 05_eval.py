@@ -250,10 +250,10 @@ def read_rig(folder, calibration, config):
             if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or min(K[-1][0, 0], K[-1][1, 1]) <= 0
                     or K[-1][2].tolist() != [0, 0, 1] or ego_T_cam[-1][3].tolist() != [0, 0, 0, 1]
                     or not all(matrix.isfinite().all() for matrix in (K[-1], ego_T_cam[-1]))
-                    or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0):
+                    or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0 or ego_T_cam[-1][2, 3] <= 0):
                 raise ValueError
         except (LookupError, TypeError, ValueError, RuntimeError):
-            sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam: {remedy}")
+            sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam with z > 0: {remedy}")
         try:
             with Image.open(Path(folder) / name) as file:
                 image = file.convert("RGB")

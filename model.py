@@ -257,7 +257,7 @@ class BEVSegmenter(nn.Module):
         try:
             weights = torchvision.models.get_model_weights(self.config.backbone)[self.config.weights]
             state = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network; a download that was cut short
+        except (OSError, RuntimeError, LookupError, ValueError) as error:  # no network, or no such weights
             sys.exit(f"error: cannot fetch {self.config.backbone} {self.config.weights} ({error}): connect once, "
                      "or set weights=None in the preset (model.py)")
         have = self.backbone.state_dict().keys()

@@ -38,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pyquaternion import Quaternion  # comes with nuscenes-devkit
 from torch.distributed.nn.functional import all_reduce
 
 FORMAT = 1
@@ -46,7 +45,7 @@ CLASSES = ("background", "divider", "ped_crossing", "boundary")
 NUM_CLASSES = len(CLASSES)
 CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
-FRAMES_META = ("format", "classes", "image_size")  # what frames depend on, and bev_gt
+FRAMES_META = ("format", "classes", "cameras", "image_size")  # what frames depend on, and bev_gt
 GRID_META = ("format", "classes", "x_range", "y_range", "cell", "line_width")
 FRAMES_KEYS = ("timestamp", "image", "label", "K", "ego_T_cam", "world_T_ego")  # what frames have of each key frame
 CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope")  # of 03: what a consensus depends on
@@ -70,7 +69,7 @@ FIELDS = {  # what is read of the records of nuScenes' tables: its type, or how 
 # ---------------------------------------------------------------- one process or many (torchrun)
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this one, of how many
-DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def join_ranks():
@@ -373,6 +372,7 @@ def deformable_attention(maps, x, y, weights, source):
 
 def pose_matrix(record):
     """a_T_b (4, 4) float64 from the `rotation` (w, x, y, z) and `translation` of an ego_pose or calibrated_sensor."""
+    from pyquaternion import Quaternion  # comes with nuscenes-devkit; here, as stages 03 to 05 do without it
     a_T_b = torch.from_numpy(Quaternion(record["rotation"]).transformation_matrix)
     a_T_b[:3, 3] = torch.tensor(record["translation"], dtype=torch.float64)
     return a_T_b
@@ -554,7 +554,7 @@ def read_splits(out, *sides):
 
 def make_meta(config, source):
     """The `meta` of an artifact: what a reader must know to trust the numbers beside it."""
-    return {"format": FORMAT, "classes": list(CLASSES), "x_range": list(config.x_range),
+    return {"format": FORMAT, "classes": list(CLASSES), "cameras": list(CAMERAS), "x_range": list(config.x_range),
             "y_range": list(config.y_range), "cell": config.cell, "line_width": config.line_width,
             "image_size": list(config.image_size), "source": source}
 

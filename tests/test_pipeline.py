@@ -165,6 +165,22 @@ def test_a_backbone_that_does_not_exist(world, tmp_path):
     (tmp_path / "model.py").write_text((ROOT / "model.py").read_text().replace('= "resnet10"\n', '= "resnet35"\n'))
     said = run(tmp_path / "03_pretrain.py", "--name", "b", cwd=world, ok=False)
     assert "there is no backbone resnet35 (model.py): choose one of resnet10, resnet101, " in said
+    wrong = (ROOT / "model.py").read_text().replace('weights: str | None = None', 'weights: str = "IMAGENET1K_V2"')
+    (tmp_path / "model.py").write_text(wrong.replace('= "resnet10"\n', '= "resnet18"\n'))  # which has V1 alone
+    said = run(tmp_path / "03_pretrain.py", "--name", "b", cwd=world, ok=False)
+    assert "cannot fetch resnet18 IMAGENET1K_V2" in said and "set weights=None" in said
+
+
+def test_images_of_other_cameras_are_refused(world, tmp_path):
+    """Whoever edits CAMERAS must not train on the images of before, where each one's place is another camera's."""
+    for name in ("01_pseudolabel.py", "03_pretrain.py", "model.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (ROOT / "reproject.py").read_text()
+    (tmp_path / "reproject.py").write_text(text.replace('("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", ',
+                                                        '("CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", '))
+    for stage, flags in (("01_pseudolabel.py", ("--segmenter", ROOT / "tests/toy_segmenter")), ("03_pretrain.py", ())):
+        said = run(tmp_path / stage, *flags, cwd=world, ok=False)
+        assert "was made with cameras ['CAM_FRONT', 'CAM_FRONT_RIGHT', " in said
 
 
 def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):

@@ -113,6 +113,7 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"a.png": good | {"ego_T_cam": nowhere.tolist()}}, "no camera matrix"),
             ({"a.png": good | {"K": [*intrinsics().tolist()[:2], [0, 0, 0]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": [*camera().tolist()[:3], [0, 0, 0, 2]]}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"ego_T_cam": camera().inverse().tolist()}}, "rigid ego_T_cam with z > 0"),
             ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix"),
             ({"small.png": good}, "small.png has 100 x 80 pixels, and the centre of its K lies outside")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
