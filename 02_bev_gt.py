@@ -13,8 +13,8 @@ A cell belongs to a class if and only if its centre does:
     boundary      the centre lies within line_width / 2 of the contour of the road: the union of road_segment and lane
     ped_crossing  the centre lies inside a ped_crossing polygon (not in its holes)
 Lines are measured by distance, so that their ends and corners are round and nothing is rounded to whole pixels.
-Where classes overlap, boundary wins over divider wins over ped_crossing: a line must survive the wide polygon that it
-crosses, and of two lines the one that a wheel must not cross counts more.
+Where classes overlap, boundary wins over divider, and divider over ped_crossing: a line must not vanish in the wide
+polygon that it crosses, and of two lines the one that a wheel must not cross matters more.
 """
 import argparse
 import hashlib

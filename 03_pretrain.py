@@ -5,14 +5,14 @@ that camera. (Phase 1 of the paper.) There are two ways to do so:
 
 - `--target rendered`, as in the paper: at each step `render` looks at the predicted map through its frame's cameras.
 - `--target consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at
-  the same map. Rendering it into each of them and adding up the cross-entropy of all their pixels is the same sum as
-  letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The
+  the same map. Rendering it into each of them and adding up the cross-entropy of all their pixels gives the same sum
+  as letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The
   votes are cast once, and what they agree on is drawn as a map, which is the target: from then on a hundred views
-  cost no more than one. And on the ground, unlike in an image, one can measure: a line gets the width that the map
-  gives it, and its dashes are joined.
+  cost no more than one. And the ground, unlike an image, can be measured in metres: a line gets the width that it has
+  in the ground truth, and its dashes are joined.
 
-Two more losses help: the image features must tell the pseudo-labels as well (they learn in fewer steps what to look
-for), and the prediction stays the same from one frame to the next.
+Two more losses help: the image features must also predict the pseudo-labels (so they learn in fewer steps what to look
+for), and the prediction must not change much from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it

@@ -1,8 +1,8 @@
 """Stage 04: fine-tune on a share of the BEV labels. With --init scratch the same script is the supervised baseline.
 
-The other scenes keep what their cameras agree on in pretraining, and the image features must still tell the
-pseudo-labels: so the network does not forget, on half of the streets, what it has seen on the rest of them. The
-baseline knows no pseudo-label.
+The other scenes keep their target of pretraining, what their cameras agree on, and the image features must still
+predict the pseudo-labels. So the network, fine-tuned on half of the streets, does not forget the other half. The
+baseline uses no pseudo-labels.
 
 The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
 on every machine and with every seed. The checkpoint records which they were.

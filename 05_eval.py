@@ -7,10 +7,10 @@ perspective mapping.
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
 Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
        over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up);
-       out/eval/distance.png: IoU against distance from the car; with --animate
-       out/eval/animation.webp: the median key frame under one checkpoint after the other; with --images
-       out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W), seen (H, W) bool: by
-       any camera} alone
+       out/eval/distance.png: IoU against distance from the car;
+       with --animate, out/eval/animation.webp: the median key frame as each checkpoint in turn predicts it;
+       with --images, only out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W),
+       seen (H, W) bool: whether any camera sees the cell}
 
     python 05_eval.py
     python 05_eval.py --animate out/pretrain.pt out/finetune.pt

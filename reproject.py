@@ -11,11 +11,11 @@ Places and directions, stated once:
 - BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
   transpose exists outside this file, but where `load_official` (model.py) turns weights that were trained otherwise.
 
-The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is cut with the ground
-and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp` carries a
-BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to. `Frames`
-is the data set that stages 03 to 05 read. At the end stands what the training stages share besides the network: the
-order of the samples, the learning rate, the check of flags.
+The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is intersected with the
+ground and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp`
+carries a BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to.
+`Frames` is the data set that stages 03 to 05 read. At the end is what the training stages share besides the network:
+the order of the samples, the learning rate, the check of flags.
 """
 import atexit
 import contextlib
