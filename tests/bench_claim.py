@@ -165,7 +165,7 @@ def sharpness(out, checkpoint):
     """
     import torch
     from model import load_checkpoint
-    from reproject import DEVICE, Frames, cells_in_cameras, read_splits, relative_pose, warp
+    from reproject import DEVICE, Frames, read_splits, relative_pose, warp
     stage = importlib.import_module("05_eval")
     model = load_checkpoint(checkpoint, "")[1].to(DEVICE).eval()
     frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
@@ -175,8 +175,7 @@ def sharpness(out, checkpoint):
             p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
             edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
             width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()
-            camera = frame["K"], frame["ego_T_cam"], model.config.image_size
-            seen = cells_in_cameras(*camera, model.config.grid)[1].any(1)  # (1, H, W)
+            seen = stage.seen_ground(frame, model.config.grid).unsqueeze(0)  # (1, H, W)
             now = torch.cat((p, seen[:, None].float()), 1)
             if frame["linked"].item():
                 then, _ = warp(before[1], relative_pose(before[0], frame["world_T_ego"]), model.config.grid)

@@ -58,6 +58,9 @@ def test_six_cameras_in_any_order_and_of_twice_the_size(network):
     found = torch.load(folder / "out/eval/rig.pt", weights_only=True)
     torch.testing.assert_close(found["probability"], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found["bev"].long(), found["probability"].argmax(0))
+    # No cell is seen by all of them, and the ground under the car by none.
+    assert found["seen"][0, 50] and found["seen"][-1, 50] and found["seen"][100, 0] and found["seen"][100, -1]
+    assert not found["seen"][100, 50]
 
     double = torch.nn.functional.interpolate(images.float(), scale_factor=2).byte()
     write_rig(folder, double, torch.tensor([2.0, 2.0, 1.0])[:, None] * K, ego_T_cam)
