@@ -411,6 +411,7 @@ def iou(confusion):
 
 # ---------------------------------------------------------------- training, shared by 03 and 04
 
+MUON = 8  # Muon's learning rate, in AdamW's
 LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
 
 def load_checkpoint(path, remedy, config=None):
@@ -486,6 +487,41 @@ class LossOf(nn.Module):
         return self.loss_fn(batch)
 
 
+class Optimizer:
+    """Muon for the weights of the hidden layers (Jordan et al., 2024; torch's, with the step size of Liu et al., 2025,
+    arXiv 2502.16982), AdamW for all else: embeddings, biases, norms, the first layer, the last ones, what guides
+    attention, and a backbone that has learnt already. A step of Muon changes all directions of a matrix by as much,
+    where other optimizers mostly follow the few in which gradients are large."""
+
+    def __init__(self, model):
+        params = dict(model.named_parameters())
+        others = r"guide|image_head|classify\.3|" + ("backbone" if model.config.weights else r"backbone\.conv1")
+        hidden = {name for name, p in params.items()
+                  if p.ndim > 1 and "." in name and not re.search(others, name)}  # without a dot: embeddings
+        self.weights = [p for name, p in params.items() if name in hidden]
+        # Muon knows matrices only. A convolution is one, too: out x (kernel * in), in the memory of its weight.
+        self.matrices = [nn.Parameter(p.data.movedim(1, -1).view(len(p), -1)) for p in self.weights]
+        self.parts = (torch.optim.AdamW([p for name, p in params.items() if name not in hidden], weight_decay=0.01),
+                      torch.optim.Muon(self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr):
+        """One step down the gradients of the model; lr is AdamW's learning rate, and Muon's is MUON times as high."""
+        for matrix, weight in zip(self.matrices, self.weights):
+            matrix.grad = None if weight.grad is None else weight.grad.movedim(1, -1).reshape(matrix.shape)
+        for part, factor in zip(self.parts, (1, MUON)):
+            part.param_groups[0]["lr"] = factor * lr
+            part.step()
+
+    def state_dict(self):
+        """[AdamW's, Muon's]"""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        """Of what state_dict returned."""
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+
 @watched()
 def fit(model, data, loss_fn, args, path, minutes=1.0):
     """Train until args.steps, saving to `path` every `minutes` and at the end; go on where `path` stopped.
@@ -493,7 +529,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     share of the training that is done ("progress"); args: the flags of 03 or 04."""
     keep_freed_memory()
     model.encoder.checkpointing = args.checkpointing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    optimizer = Optimizer(model)
     start, curve = resume(model, optimizer, args, path)
     batches = batch_samples(len(data), args, model.config.history, start)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
@@ -506,9 +542,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     model.train()
     waited, saved, began = 0, time.time(), time.time()
     for i in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, args.steps, args.lr)
-        optimizer.zero_grad()
+        model.zero_grad()
         total, losses, batch_parts = 0, {}, []
         for part in range(1, args.accumulate + 1):
             asked = time.time()
@@ -528,7 +562,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             tokens = sum(map(data.tokens, batch_parts), [])
             sys.exit(f"error: step {i} has loss {total.item()}, gradient {norm.item()}, samples {tokens}: "
                      f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
-        optimizer.step()
+        optimizer.step(learning_rate(i, args.steps, args.lr))
         curve.append({name: (sum_over_ranks(value) / RANKS).item() for name, value in losses.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):

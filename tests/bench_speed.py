@@ -40,7 +40,7 @@ from rig import pose, surround
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from model import PRESETS, BEVSegmenter, Encoder, load_official, run_sequence, segmentation_loss
+from model import PRESETS, BEVSegmenter, Encoder, Optimizer, load_official, run_sequence, segmentation_loss
 from reproject import Linear, keep_freed_memory, key_frames, look_up, save_pt, world_from_ego
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,11 +140,11 @@ def vis4d_encoder(config, batch, device, bf16=False):
 
 
 def training_step(config, batch, device, bf16=False, checkpointing=False):
-    """One step of stage 04 on random pictures and maps: history, loss, gradients, AdamW."""
+    """One step of stage 04 on random pictures and maps: history, loss, gradients, optimizer."""
     torch.manual_seed(0)
     model = BEVSegmenter(config).to(device).train()
     model.encoder.checkpointing = checkpointing
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer(model)
     T, (K, ego_T_cam) = config.history + 1, cameras_of(config, batch)
     data = {"image": torch.randint(0, 256, (batch, T, 6, 3, *config.image_size), dtype=torch.uint8),
             "K": K[:, None].expand(-1, T, -1, -1, -1), "ego_T_cam": ego_T_cam[:, None].expand(-1, T, -1, -1, -1),
@@ -157,10 +157,10 @@ def training_step(config, batch, device, bf16=False, checkpointing=False):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             logits, _ = run_sequence(model, data)
             loss = segmentation_loss(logits, truth, (1.0, 4.0, 2.0, 4.0))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
+        optimizer.step(1e-3)
     return run
 
 

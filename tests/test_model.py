@@ -10,7 +10,7 @@ import torch
 from rig import pose, surround
 
 import reproject
-from model import (PRESETS, BEVSegmenter, Config, count_confusion, draw_sample, fit, initial_model, iou,
+from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model, iou,
                    load_checkpoint, load_official, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
@@ -424,6 +424,39 @@ def test_learning_rate():
     assert learning_rate(10, 200, 1.0) == pytest.approx(1.0)
     assert learning_rate(105, 200, 1.0) == pytest.approx(0.505)
     assert 0.01 < learning_rate(199, 200, 1.0) < 0.011
+
+
+@pytest.mark.parametrize("name, how", (("backbone.layer2.0.conv1.weight", "muon"), ("encoder.layers.0.ffn.2.weight", "muon"),
+                                       ("encoder.layers.0.spatial.guide.weight", "adamw"), ("query", "adamw"),
+                                       ("backbone.conv1.weight", "adamw"), ("classify.3.weight", "adamw"),
+                                       ("refine.1.weight", "adamw")))
+def test_a_step_of_the_optimizer(name, how):
+    """Down the gradient: AdamW's first step is its sign, Muon's the nearest orthogonal matrix, here by SVD."""
+    torch.manual_seed(0)
+    model = BEVSegmenter(Config())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)  # a gradient need not lie in memory as its weight does
+    Optimizer(model).step(1e-4)
+    after = dict(model.named_parameters())
+    assert all((after[name] != before[name]).any() for name in before)
+    step = (after[name] - (1 - 0.01 * 1e-4 * (MUON if how == "muon" else 1)) * before[name]).detach()
+    if how == "adamw":
+        assert torch.allclose(step, -1e-4 * after[name].grad.sign(), atol=1e-6)
+    else:
+        gradient = after[name].grad.flatten(1)
+        U, _, Vh = torch.linalg.svd(gradient, full_matrices=False)
+        scale = MUON * 1e-4 * 0.2 * max(gradient.shape) ** 0.5
+        values = torch.linalg.svdvals(step.flatten(1)) / scale
+        assert 0.5 < values.min() and values.max() < 1.3  # Newton and Schulz come near 1
+        assert ((step.flatten(1) * -(U @ Vh)).sum() / step.norm() / (U @ Vh).norm()).item() > 0.95
+
+
+def test_a_backbone_that_has_learnt_keeps_adamw():
+    model = BEVSegmenter(Config(weights="IMAGENET1K_V1"))  # not fetched here
+    matrices = {matrix.data_ptr() for matrix in Optimizer(model).matrices}
+    assert matrices and not matrices & {p.data_ptr() for p in model.backbone.parameters()}
+    assert matrices & {p.data_ptr() for p in model.fpn.parameters()}
 
 
 def test_batches_are_a_function_of_the_step():

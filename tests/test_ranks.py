@@ -60,6 +60,12 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def running_mean(optimizer):
+    """All of a checkpoint's running means of gradients: AdamW's, then Muon's."""
+    return torch.cat([state[key].flatten() for part, key in zip(optimizer, ("exp_avg", "momentum_buffer"))
+                      for state in part["state"].values()])
+
+
 def same(a, b):
     """Whether two nested artifacts are equal, bit by bit."""
     if isinstance(a, torch.Tensor):
@@ -86,9 +92,8 @@ def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
         assert any("temporal" in step for step in one["curve"])
     else:
         assert all(set(step) == {"map"} for step in one["curve"])  # the baseline knows no pseudo-label
-    # Adam hides a gradient's size from the weights; its running mean does not.
-    mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in run["optimizer"]["state"].values()])
-                    for run in (one, two))
+    # The optimizers hide a gradient's size from the weights; its running mean does not.
+    mine, theirs = (running_mean(run["optimizer"]) for run in (one, two))
     assert (mine - theirs).norm() < 0.01 * mine.norm()
     for name, value in one["model"].items():
         if "running" in name:
@@ -108,8 +113,7 @@ def test_parts_of_a_step_add_up(world):
     flags = "--init", "scratch", "--steps", 2, "--batch-size", 4, "--lr", 2e-5, "--name"
     run("04_finetune.py", *flags, "whole", cwd=world)
     run("04_finetune.py", *flags, "parts", "--accumulate", 2, cwd=world)
-    whole, parts = (load(world / f"out/{name}.pt")["optimizer"]["state"] for name in ("whole", "parts"))
-    mine, theirs = (torch.cat([state["exp_avg"].flatten() for state in x.values()]) for x in (whole, parts))
+    mine, theirs = (running_mean(load(world / f"out/{name}.pt")["optimizer"]) for name in ("whole", "parts"))
     assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.9
     assert (theirs.norm() / mine.norm()).item() == pytest.approx(1, abs=0.3)  # not the sum of two losses
 
