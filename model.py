@@ -530,6 +530,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     keep_freed_memory()
     model.encoder.checkpointing = args.checkpointing
     optimizer = Optimizer(model)
+    args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # no run goes on with the state of another one
     start, curve = resume(model, optimizer, args, path)
     batches = batch_samples(len(data), args, model.config.history, start)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,

@@ -542,6 +542,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was made with steps 6, expected 8"):
         train(tmp_path / "whole.pt", 8)
+    content = torch.load(tmp_path / "killed.previous.pt", weights_only=True)
+    del content["args"]["optimizer"]  # of the time when it was AdamW alone
+    save_pt(content, tmp_path / "older.pt")
+    with pytest.raises(SystemExit, match="older.pt was made with optimizer None, expected Muon"):
+        train(tmp_path / "older.pt", 6)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
