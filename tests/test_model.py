@@ -426,10 +426,10 @@ def test_learning_rate():
     assert 0.01 < learning_rate(199, 200, 1.0) < 0.011
 
 
-@pytest.mark.parametrize("name, how", (("backbone.layer2.0.conv1.weight", "muon"), ("encoder.layers.0.ffn.2.weight", "muon"),
-                                       ("encoder.layers.0.spatial.guide.weight", "adamw"), ("query", "adamw"),
-                                       ("backbone.conv1.weight", "adamw"), ("classify.3.weight", "adamw"),
-                                       ("refine.1.weight", "adamw")))
+@pytest.mark.parametrize("name, how", (
+    ("backbone.layer2.0.conv1.weight", "muon"), ("encoder.layers.0.ffn.2.weight", "muon"), ("query", "adamw"),
+    ("encoder.layers.0.spatial.guide.weight", "adamw"), ("backbone.conv1.weight", "adamw"),
+    ("classify.3.weight", "adamw"), ("refine.1.weight", "adamw")))
 def test_a_step_of_the_optimizer(name, how):
     """Down the gradient: AdamW's first step is its sign, Muon's the nearest orthogonal matrix, here by SVD."""
     torch.manual_seed(0)
