@@ -10,8 +10,8 @@ import torch
 from rig import pose, surround
 
 import reproject
-from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model, iou,
-                   load_checkpoint, load_official, run_sequence, segmentation_loss)
+from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model,
+                   iou, load_checkpoint, load_official, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
