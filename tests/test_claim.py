@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from bench_claim import ABLATIONS, QUICK, ROWS, command_of, energy, hold_out, interval, points, table, with_interval
+from bench_claim import (ABLATIONS, LONG, MAIN, MIDDLE, ROWS, command_of, energy, hold_out, interval, points, summary,
+                         table, with_interval)
 
 
 def test_interval_is_students():
@@ -20,6 +21,17 @@ def test_points_are_those_of_the_same_seed():
     mean, (low, high) = points(*rows)
     assert mean == 15 and (low, high) == pytest.approx((15 - 63.53, 15 + 63.53), abs=0.01)
     assert points([], rows[1]) == (None, None) and points(rows[0][:1], rows[1]) == (10.0, None)
+
+
+def test_summary_by_hand():
+    found = {row: [{"miou": 0.4, "seconds": 100.0}] for row in MAIN}
+    found["pretraining + 50%"] = [{"miou": 0.43, "seconds": 30.0}]
+    found[MIDDLE], found[LONG] = [{"miou": 0.44, "seconds": 60.0}], [{"miou": 0.45, "seconds": 120.0}]
+    found["pretraining alone"], found["pretraining + 10%"] = ([{"miou": miou, "seconds": 9.0}] for miou in (0.36, 0.38))
+    gains = [{"gain_points": gain, "gain_ci95": None, "time_ratio": ratio}
+             for gain, ratio in ((3.0, 0.3), (4.0, 0.6), (5.0, 1.2))]
+    assert summary(found) == gains[0] | {"pretrain_only_share": 0.9, "ten_percent_gain_points": -2.0,
+                                         "longer": gains[1:]}
 
 
 def test_a_blurred_line_has_less_energy():
@@ -56,8 +68,7 @@ def test_known_results_are_not_measured_again(tmp_path, capsys):
 
 
 def test_every_row_has_flags_that_its_stage_takes(monkeypatch):
-    assert not ROWS.keys() & QUICK.keys()  # or one would overwrite the other's checkpoints
-    for script, flags, start in (ROWS | QUICK | ABLATIONS).values():
-        assert start is None or start in (ROWS | QUICK)
+    for script, flags, start in (ROWS | ABLATIONS).values():
+        assert start is None or start in ROWS
         monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
         importlib.import_module(script.removesuffix(".py")).parse_args()
