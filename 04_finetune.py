@@ -14,7 +14,7 @@ Writes out/finetune.pt (model, config, args, optimizer, step, rng, curve), every
        out/finetune_sample.png: what the network makes of the first key frame
 
     python 04_finetune.py
-    python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100
+    python 04_finetune.py --init scratch --labels 1.0 --steps 1200 --name scratch_100
 """
 import argparse
 import hashlib
