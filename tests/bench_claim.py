@@ -204,9 +204,9 @@ def points(row, base):
     return round(mean, 2), None if math.isnan(half) else [round(mean - half, 2), round(mean + half, 2)]
 
 
-def total(row, what="seconds"):
-    """The sum over a row's seeds."""
-    return sum(result[what] for result in row)
+def median_seconds(row):
+    """Of a row's seeds: one may have been slowed by something else on the machine."""
+    return statistics.median(result["seconds"] for result in row)
 
 
 def table(out, store, rows, extra=()):
@@ -230,7 +230,7 @@ def picture(found, path):
     plt.figure(figsize=(7, 4.2), dpi=120)
 
     def draw(results, label, colour, marker):
-        points = [(statistics.mean(r["seconds"] for r in row), *interval([r["miou"] for r in row]), len(row))
+        points = [(median_seconds(row), *interval([r["miou"] for r in row]), len(row))
                   for row in results]
         x, y, half, seeds = zip(*sorted(points))
         half = [h if n > 2 else 0 for h, n in zip(half, seeds)]
@@ -278,10 +278,11 @@ def summary(found):
 
     def against(row):
         gain, ci95 = points(found[row], base)
-        return {"gain_points": gain, "gain_ci95": ci95, "time_ratio": round(total(found[row]) / total(base), 3)}
+        return {"gain_points": gain, "gain_ci95": ci95, "time_ratio": round(median_seconds(found[row]) / median_seconds(base), 3)}
 
+    alone, full = (statistics.mean(r["miou"] for r in row) for row in (found["pretraining alone"], base))
     return against("pretraining + 50%") | {
-        "pretrain_only_share": round(total(found["pretraining alone"], "miou") / total(base, "miou"), 3),
+        "pretrain_only_share": round(alone / full, 3),
         "ten_percent_gain_points": points(found["pretraining + 10%"], base)[0],
         "longer": [against(MIDDLE), against(LONG)]}
 
