@@ -278,7 +278,8 @@ def summary(found):
 
     def against(row):
         gain, ci95 = points(found[row], base)
-        return {"gain_points": gain, "gain_ci95": ci95, "time_ratio": round(median_seconds(found[row]) / median_seconds(base), 3)}
+        ratio = median_seconds(found[row]) / median_seconds(base)
+        return {"gain_points": gain, "gain_ci95": ci95, "time_ratio": round(ratio, 3)}
 
     alone, full = (statistics.mean(r["miou"] for r in row) for row in (found["pretraining alone"], base))
     return against("pretraining + 50%") | {
