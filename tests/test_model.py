@@ -448,15 +448,29 @@ def test_a_step_of_the_optimizer(name, how):
         U, _, Vh = torch.linalg.svd(gradient, full_matrices=False)
         scale = MUON * 1e-4 * 0.2 * max(gradient.shape) ** 0.5
         values = torch.linalg.svdvals(step.flatten(1)) / scale
-        assert 0.5 < values.min() and values.max() < 1.3  # Newton and Schulz come near 1
+        assert 0.6 < values.min() and values.max() < 1.3  # Newton and Schulz come near 1
         assert ((step.flatten(1) * -(U @ Vh)).sum() / step.norm() / (U @ Vh).norm()).item() > 0.95
+
+
+def test_muon_is_torchs():
+    """Three steps of one weight beside torch.optim.Muon, which rounds to bfloat16."""
+    torch.manual_seed(0)
+    model = BEVSegmenter(Config())
+    optimizer, weight = Optimizer(model), model.encoder.layers[0].ffn[0].weight  # (128, 64): more rows than columns
+    theirs = torch.nn.Parameter(weight.detach().clone())
+    muon = torch.optim.Muon([theirs], lr=MUON * 1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    before = weight.detach().clone()
+    for _ in range(3):
+        weight.grad = theirs.grad = torch.randn_like(weight)
+        optimizer.step(1e-3)
+        muon.step()
+    assert (weight - theirs).norm() < 0.03 * (weight - before).norm()
 
 
 def test_a_backbone_that_has_learnt_keeps_adamw():
     model = BEVSegmenter(Config(weights="IMAGENET1K_V1"))  # not fetched here
-    matrices = {matrix.data_ptr() for matrix in Optimizer(model).matrices}
-    assert matrices and not matrices & {p.data_ptr() for p in model.backbone.parameters()}
-    assert matrices & {p.data_ptr() for p in model.fpn.parameters()}
+    hidden = set(map(id, Optimizer(model).hidden))
+    assert not hidden & set(map(id, model.backbone.parameters())) and hidden & set(map(id, model.fpn.parameters()))
 
 
 def test_batches_are_a_function_of_the_step():

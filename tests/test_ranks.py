@@ -62,8 +62,8 @@ def load(path):
 
 def running_mean(optimizer):
     """All of a checkpoint's running means of gradients: AdamW's, then Muon's."""
-    return torch.cat([state[key].flatten() for part, key in zip(optimizer, ("exp_avg", "momentum_buffer"))
-                      for state in part["state"].values()])
+    means = [state["exp_avg"] for state in optimizer["adamw"]["state"].values()] + optimizer["muon"]
+    return torch.cat([mean.flatten() for mean in means])
 
 
 def same(a, b):
