@@ -505,10 +505,10 @@ def orthogonal(matrix):
 
 
 class Optimizer:
-    """Muon (Jordan et al., 2024, with the step size of Liu et al., 2025, arXiv 2502.16982) for the weights of the hidden
-    layers, AdamW for all else: embeddings, biases, norms, the first layer, the last ones, what guides attention, and a
-    backbone that has learnt already. A step of Muon changes all directions of a matrix by as much, where other
-    optimizers mostly follow the few in which gradients are large."""
+    """Muon (Jordan et al., 2024; step size of Liu et al., 2025, arXiv 2502.16982) for the weights of the hidden layers,
+    AdamW for all else: embeddings, biases, norms, the first layer, the last ones, what guides attention, and a backbone
+    that has learnt already. A step of Muon changes all directions of a matrix by as much, where other optimizers mostly
+    follow the few in which gradients are large."""
 
     def __init__(self, model):
         params = dict(model.named_parameters())
