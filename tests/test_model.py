@@ -465,6 +465,9 @@ def test_muon_is_torchs():
         optimizer.step(1e-3)
         muon.step()
     assert (weight - theirs).norm() < 0.03 * (weight - before).norm()
+    weight.grad, before = torch.zeros_like(weight), weight.detach().clone()
+    Optimizer(model).step(0.1)  # no gradient, no momentum: weights decay
+    assert torch.allclose(weight, (1 - 0.01 * MUON * 0.1) * before)
 
 
 def test_a_backbone_that_has_learnt_keeps_adamw():
