@@ -168,13 +168,13 @@ def join_dashes(row, column, direction, shape, gap, shortest):
     nothing = -10.0  # radians; no direction
     line = torch.full(shape, nothing)
     line[row, column] = direction
-    line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it
+    line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it (of two, the larger angle)
     steps = torch.arange(1, round(gap / RASTER) + 1)
     steps = torch.cat((-steps.flip(0), steps))  # back and ahead: (S,)
     x = (row[:, None] + steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, S)
     y = (column[:, None] + steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
     turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
-    goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)
+    goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)  # 9 degrees
     first, last = (goes_on * steps).aminmax(dim=1, keepdim=True)  # (P, 1) each; 0: nowhere
     long = last - first >= shortest / RASTER
     between = (steps >= first) & (steps <= last) & long  # (P, S)

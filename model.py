@@ -274,7 +274,7 @@ class BEVSegmenter(nn.Module):
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
         image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
         features = list(self.fpn(self.backbone(image)).values())  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
-        self.finest = features[0]  # of the frame that ran last: what image_loss looks at
+        self.finest = features[0]  # kept for image_loss: of the frame that ran last
         features = [(f.unflatten(0, (B, N)) + self.camera[:N, :, None, None] + level[:, None, None])
                     .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h/8, w/8, C)
         position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
@@ -379,6 +379,7 @@ def segmentation_loss(logits, target, class_weights):
     """
     logits, target = logits.float(), target.long()
     loss = F.cross_entropy(logits, target, logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
+    # DistributedDataParallel averages over the ranks what each divides by its share of the number.
     return loss / (sum_over_ranks((target != IGNORE).sum()) / RANKS).clamp(min=1 / RANKS)
 
 
@@ -528,6 +529,7 @@ class Optimizer:
             if weight.grad is not None:
                 momentum.lerp_(weight.grad, 0.05)
                 ahead = weight.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's; (out, in) or (out, in * h * w)
+                # Entries of an orthogonal matrix have an RMS of max(shape) ** -0.5, steps of AdamW one of about 0.2.
                 weight.mul_(1 - 0.01 * MUON * lr)
                 weight.sub_(orthogonal(ahead).view_as(weight), alpha=MUON * lr * 0.2 * max(ahead.shape) ** 0.5)
 

@@ -230,11 +230,12 @@ def picture(found, path):
     plt.figure(figsize=(7, 4.2), dpi=120)
 
     def draw(results, label, colour, marker):
-        points = [(median_seconds(row), *interval([r["miou"] for r in row]), len(row))
-                  for row in results]
-        x, y, half, seeds = zip(*sorted(points))
-        half = [h if n > 2 else 0 for h, n in zip(half, seeds)]
-        plt.errorbar(x, y, half, color=colour, marker=marker, capsize=3, label=label)
+        points = sorted((median_seconds(row), [r["miou"] for r in row]) for row in results)
+        x, y = zip(*[(seconds, statistics.mean(values)) for seconds, values in points])
+        plt.plot(x, y, color=colour, marker=marker, label=label)
+        for seconds, values in points:
+            if len(values) > 2:
+                plt.errorbar(seconds, *interval(values), color=colour, capsize=3)
 
     for rows, label, colour, marker in (
             (("supervised 100%, 600 steps", "supervised 100%", "supervised 100%, 2400 steps"),
@@ -242,7 +243,7 @@ def picture(found, path):
             (("supervised 50%",), "supervised, 50%", "#56B4E9", "s"),
             (("supervised 10%",), "supervised, 10%", "#999999", "^"),
             (("pretraining", "pretraining, 140 steps", "pretraining, 300 steps", "pretraining alone"),
-             "pretraining alone, no BEV label", "#F0E442", "v"),
+             "pretraining alone, no BEV label", "#000000", "v"),
             (("pretraining + 50%", MIDDLE, LONG), "pretraining, then 50%", "#D55E00", "s"),
             (("pretraining + 10%",), "pretraining, then 10%", "#CC79A7", "^"),
             (("pretraining, 300 steps, + 100%",), "pretraining, then 100%", "#009E73", "D")):
