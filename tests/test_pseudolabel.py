@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,36 @@ def world(tmp_path_factory):
 
 def run(cwd, *args):
     return run_script("01_pseudolabel.py", *args, cwd=cwd)
+
+
+def test_a_published_swin_is_whole_without_its_last_norm(tmp_path):
+    """Checkpoints on the hub have no weights for the norm that feature maps skip; with any other one gone, they are
+    refused. The README's segmenter is one with a Swin backbone."""
+    from safetensors.torch import load_file, save_file
+    from transformers import (Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor,
+                              SwinConfig)
+    backbone = SwinConfig(image_size=64, embed_dim=12, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
+                          out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                               encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2,
+                               num_attention_heads=2, num_queries=4, num_labels=3)
+    model = Mask2FormerForUniversalSegmentation(config).eval()
+    model.save_pretrained(tmp_path)
+    Mask2FormerImageProcessor().save_pretrained(tmp_path)
+    path, images = tmp_path / "model.safetensors", torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    weights = load_file(path)
+    published = {name: value for name, value in weights.items() if not re.search(r"encoder\.(swin\.)?layernorm", name)}
+    assert len(published) == len(weights) - 2
+    save_file(published, path, {"format": "pt"})
+    answer = stage.load_segmenter(str(tmp_path), "cpu")(images)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        wanted = model((images / 255 - mean) / std)
+    torch.testing.assert_close(answer[1], wanted.masks_queries_logits)
+    del published[next(name for name in published if "hidden_states_norms" in name)]
+    save_file(published, path, {"format": "pt"})
+    with pytest.raises(SystemExit, match="lacks weights .*hidden_states_norms.*get it again"):
+        stage.load_segmenter(str(tmp_path), "cpu")
 
 
 def fails(result, *words):
