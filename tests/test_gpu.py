@@ -3,6 +3,7 @@
     CUDA_VISIBLE_DEVICES=0 python -m pytest -q tests/test_gpu.py
 """
 import json
+import os
 
 import pytest
 import torch
@@ -41,18 +42,16 @@ def worlds(tmp_path_factory):
     run("tests/toyworld.py", "--train-scenes", 1, "--val-scenes", 1, "--frames", 3, cwd=folders["gpu"])
     (folders["cpu"] / "data").symlink_to(folders["gpu"] / "data")
     for device, cwd in folders.items():
-        with pytest.MonkeyPatch.context() as patch:
-            if device == "cpu":
-                patch.setenv("CUDA_VISIBLE_DEVICES", "")
-            run("01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", cwd=cwd)
-            if device == "cpu":  # a bfloat16 segmenter differs here and there: from here on, the same labels
-                (cwd / "out/frames").rename(cwd / "out/frames_of_cpu")
-                (cwd / "out/frames").symlink_to(folders["gpu"] / "out/frames")
-            run("02_bev_gt.py", cwd=cwd)
-            run("03_pretrain.py", "--steps", 4, cwd=cwd)
-            run("04_finetune.py", "--steps", 4, "--labels", 1, "--bf16", "--workers", 2, cwd=cwd)
-            # The same weights on both.
-            run("05_eval.py", "--checkpoint", folders["gpu"] / "out/pretrain.pt", "--split", "train", cwd=cwd)
+        where = {"cwd": cwd, "CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"] if device == "gpu" else ""}
+        run("01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter", **where)
+        if device == "cpu":  # a bfloat16 segmenter differs here and there: from here on, the same labels
+            (cwd / "out/frames").rename(cwd / "out/frames_of_cpu")
+            (cwd / "out/frames").symlink_to(folders["gpu"] / "out/frames")
+        run("02_bev_gt.py", **where)
+        run("03_pretrain.py", "--steps", 4, **where)
+        run("04_finetune.py", "--steps", 4, "--labels", 1, "--bf16", "--workers", 2, **where)
+        # The same weights on both.
+        run("05_eval.py", "--checkpoint", folders["gpu"] / "out/pretrain.pt", "--split", "train", **where)
     return folders
 
 

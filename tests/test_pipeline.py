@@ -12,9 +12,9 @@ from model import PRESETS, BEVSegmenter
 from reproject import CAMERAS, learning_rate, save_pt
 
 
-def run(script, *args, cwd, ok=True):
+def run(script, *args, cwd, ok=True, **environment):
     """Run a script of the repository in `cwd`; returns its output. With ok=False it must fail in one clear line."""
-    result = run_script(script, *args, cwd=cwd)
+    result = run_script(script, *args, cwd=cwd, **environment)
     if ok:
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
