@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce  # what torch advises instead of the one of its nn
 
 FORMAT = 1
 CLASSES = ("background", "divider", "ped_crossing", "boundary")
@@ -80,15 +80,16 @@ def join_ranks():
             sys.exit(f"error: {local} processes and {gpus} GPU(s): torchrun --nproc-per-node {gpus}")
         if gpus:
             torch.cuda.set_device(DEVICE)
-        torch.distributed.init_process_group("nccl" if DEVICE.startswith("cuda") else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)  # or the one that ends last finds lines cut and aborts
+        torch.distributed.init_process_group("nccl" if gpus else "gloo")
+        if not gpus:  # the process that ends last would find its lines cut; nccl would wait for one that has failed
+            atexit.register(torch.distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # what there is to say, the first process says
 
 
 def sum_over_ranks(x):
     """The sum of a tensor over all ranks, with gradients: each rank's reach the other ranks' tensors."""
-    return all_reduce(x) if RANKS > 1 else x
+    return all_reduce(x, "sum", torch.distributed.group.WORLD) if RANKS > 1 else x
 
 
 class BatchNorm(torch.nn.BatchNorm2d):
@@ -712,7 +713,7 @@ def watched():
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or (03 and 04) "
-                     "--checkpointing and --bf16")
+                     "--accumulate, --checkpointing and --bf16")
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker

@@ -100,6 +100,32 @@ def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
             assert torch.allclose(value, two["model"][name], rtol=3e-3, atol=1e-4), name
 
 
+# A stage as it is, but that each process notes the size of its gradients at each step.
+PEEK = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import model
+step = model.Optimizer.step
+def peek(self, lr):
+    with open("gradients." + os.environ["RANK"], "a") as file:
+        print(sum(p.grad.double().abs().sum().item() for p in self.hidden if p.grad is not None), file=file)
+    step(self, lr)
+model.Optimizer.step = peek
+del sys.argv[0]
+runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
+""".format(root=str(ROOT))
+
+
+def test_processes_share_the_gradients_of_all_parts(world, tmp_path):
+    """With --accumulate, they meet in the last part alone: what the others have added must be in it."""
+    peek = tmp_path / "peek.py"
+    peek.write_text(PEEK)
+    torchrun(peek, "04_finetune.py", "--init", "scratch", "--steps", 2, "--batch-size", 4, "--accumulate", 2,
+             "--name", "shared", cwd=world)
+    first, second = ((world / f"gradients.{rank}").read_text().split() for rank in (0, 1))
+    assert len(first) == 2 and [float(g) for g in first] == pytest.approx([float(g) for g in second], rel=1e-9)
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(reproject, "RANKS", 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
