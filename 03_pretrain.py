@@ -4,12 +4,10 @@ The network predicts a BEV map; where a camera sees the ground, cross-entropy co
 that camera. (Phase 1 of the paper.) There are two ways to do so:
 
 - `--target rendered`, as in the paper: at each step `render` looks at the predicted map through its frame's cameras.
-- `--target consensus`, the default: markings do not move, so that the cameras of *all* frames of a scene can look at
-  the same map. Rendering it into each of them and adding up the cross-entropy of all their pixels gives the same sum
-  as letting every pixel vote for its class where its ray meets the ground, and comparing the map with the votes. The
-  votes are cast once, and what they agree on is drawn as a map, which is the target: from then on a hundred views
-  cost no more than one. And the ground, unlike an image, can be measured in metres: a line gets the width that it has
-  in the ground truth, and its dashes are joined.
+- `--target consensus`, the default: markings do not move, so the cameras of *all* frames of a scene can look at the
+  same map. Every pixel votes for its class where its ray meets the ground: cross-entropy with all votes is what
+  rendering the map into all cameras would give. The votes are cast once, and what they agree on is drawn as a map, the
+  target, with lines as wide as in the ground truth and dashes joined. A hundred views then cost no more than one.
 
 Two more losses help: the image features must also predict the pseudo-labels (so they learn in fewer steps what to look
 for), and the prediction must not change much from one frame to the next.
@@ -38,7 +36,7 @@ from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_se
 from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
                        RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
                        load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits, relative_pose,
-                       render, save_pt, sum_over_ranks, warp)
+                       render, save_pt, sum_over_ranks, warp, watched)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
@@ -59,7 +57,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--target", default="consensus", choices=("consensus", "painted", "rendered"),
@@ -205,6 +203,7 @@ def consensus(frames, index, config, args):
     return torch.stack(maps)
 
 
+@watched()
 def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
     scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"

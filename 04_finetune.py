@@ -9,9 +9,7 @@ on every machine and with every seed. The checkpoint records which they were.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init, e.g.
        out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
-Writes out/finetune.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it
-       out/finetune.jsonl and out/finetune.png: the losses, a line a step, and their curve;
-       out/finetune_sample.png: what the network makes of the first key frame
+Writes out/finetune.pt, every minute and at the end, and with it .jsonl, .png and _sample.png, all as 03 does
 
     python 04_finetune.py
     python 04_finetune.py --init scratch --labels 1.0 --steps 1200 --name scratch_100
@@ -41,7 +39,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")

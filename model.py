@@ -412,7 +412,7 @@ def iou(confusion):
 
 # ---------------------------------------------------------------- training, shared by 03 and 04
 
-MUON = 8  # Muon's learning rate, in AdamW's
+MUON = 8  # Muon's learning rate is this many times AdamW's, which is --lr
 LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
 
 def load_checkpoint(path, remedy, config=None):
@@ -489,11 +489,12 @@ class LossOf(nn.Module):
 
 
 def orthogonal(matrix):
-    """The nearest matrix with orthogonal rows or columns, roughly: all singular values come near 1 (0.7 to 1.2).
+    """The nearest matrix with orthogonal rows or columns, roughly: all singular values but the tiniest (1/700 of the
+    norm) come near 1 (0.7 to 1.2).
 
     Five iterations of Newton and Schulz with Jordan's coefficients, as in torch.optim.Muon, which computes in bfloat16
     and takes 40 times as long on a CPU that has no instructions for it. Here only the Gram matrix goes through the
-    iterations, and float32 is almost as fast.
+    iterations, and float32 is almost as fast. They enlarge its rounding errors: it must be true float32, not TF32.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
@@ -508,8 +509,8 @@ def orthogonal(matrix):
 class Optimizer:
     """Muon (Jordan et al., 2024; step size of Liu et al., 2025, arXiv 2502.16982) for the weights of the hidden layers,
     AdamW for all else: embeddings, biases, norms, the first layer, the last ones, what guides attention, and a backbone
-    that has learnt already. A step of Muon changes all directions of a matrix by as much, where other optimizers mostly
-    follow the few in which gradients are large."""
+    with ImageNet weights. (Names tell which is which: a new last layer belongs into `others`.) A step of Muon changes
+    all directions of a matrix by as much, where other optimizers mostly follow the few in which gradients are large."""
 
     def __init__(self, model):
         params = dict(model.named_parameters())
@@ -540,7 +541,7 @@ class Optimizer:
     def load_state_dict(self, state):
         """Of what state_dict returned."""
         self.adamw.load_state_dict(state["adamw"])
-        for momentum, saved in zip(self.momenta, state["muon"]):
+        for momentum, saved in zip(self.momenta, state["muon"], strict=True):
             momentum.copy_(saved)
 
 
@@ -550,10 +551,13 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     loss_fn(batch) -> (loss, {name: float tensor} for the progress bar), where batch is a batch of Frames and has the
     share of the training that is done ("progress"); args: the flags of 03 or 04."""
     keep_freed_memory()
+    torch.set_float32_matmul_precision("highest")  # no TF32: see `orthogonal`
     model.encoder.checkpointing = args.checkpointing
     optimizer = Optimizer(model)
     args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # no run goes on with the state of another one
     start, curve = resume(model, optimizer, args, path)
+    if sum_over_ranks(torch.tensor(start, device=DEVICE)) != RANKS * start:
+        sys.exit(f"error: {path} is not the same on all machines: put --out where all of them see it")
     batches = batch_samples(len(data), args, model.config.history, start)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
                                                generator=torch.Generator()))  # its own: "rng" is that of the steps
@@ -569,8 +573,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         total, losses, batch_parts = 0, {}, []
         for part in range(1, args.accumulate + 1):
             asked = time.time()
-            batch = {k: v.to(DEVICE) for k, v in next(batches).items()}
+            batch = next(batches)
             waited += time.time() - asked
+            batch = {k: v.to(DEVICE) for k, v in batch.items()}
             batch["progress"] = i / args.steps
             batch_parts.append(batch)
             alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
@@ -589,9 +594,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         curve.append({name: (sum_over_ranks(value) / RANKS).item() for name, value in losses.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
+            save_checkpoint(model, optimizer, args, curve, path)
             record(curve, args, path)
             draw_sample(model, data, path, i + 1)
-            save_checkpoint(model, optimizer, args, curve, path)
             saved = time.time()
     seconds = time.time() - began
     print(f"{path}: {args.steps} steps, the last {args.steps - start} in {seconds:.0f} s, of which "

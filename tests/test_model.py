@@ -11,7 +11,7 @@ from rig import pose, surround
 
 import reproject
 from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model,
-                   iou, load_checkpoint, load_official, run_sequence, segmentation_loss)
+                   iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
@@ -452,11 +452,12 @@ def test_a_step_of_the_optimizer(name, how):
         assert ((step.flatten(1) * -(U @ Vh)).sum() / step.norm() / (U @ Vh).norm()).item() > 0.95
 
 
-def test_muon_is_torchs():
+@pytest.mark.parametrize("layer", (0, 2))
+def test_muon_is_torchs(layer):
     """Three steps of one weight beside torch.optim.Muon, which rounds to bfloat16."""
     torch.manual_seed(0)
     model = BEVSegmenter(Config())
-    optimizer, weight = Optimizer(model), model.encoder.layers[0].ffn[0].weight  # (128, 64): more rows than columns
+    optimizer, weight = Optimizer(model), model.encoder.layers[0].ffn[layer].weight  # (128, 64); (64, 128)
     theirs = torch.nn.Parameter(weight.detach().clone())
     muon = torch.optim.Muon([theirs], lr=MUON * 1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     before = weight.detach().clone()
@@ -468,6 +469,21 @@ def test_muon_is_torchs():
     weight.grad, before = torch.zeros_like(weight), weight.detach().clone()
     Optimizer(model).step(0.1)  # no gradient, no momentum: weights decay
     assert torch.allclose(weight, (1 - 0.01 * MUON * 0.1) * before)
+
+
+@pytest.mark.parametrize("shape", ((64, 128), (128, 64), (256, 256)))
+def test_orthogonal_of_a_nearly_singular_matrix(shape):
+    """Singular values from 1 to a millionth, of which the small ones stay small: beside Newton and Schulz's iteration
+    on the matrix itself, in float64. The Gram matrix has their squares, whose rounding errors must not grow into steps."""
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrix = (U * torch.logspace(0, -6, min(shape), dtype=torch.float64)) @ Vh
+    expected = matrix / matrix.norm()
+    for _ in range(5):
+        cubic = expected @ expected.T @ expected
+        expected = 3.4445 * expected - 4.775 * cubic + 2.0315 * expected @ expected.T @ cubic
+    assert torch.linalg.svdvals(expected)[-1] < 1e-3
+    assert (orthogonal(matrix.float()) - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_backbone_that_has_learnt_keeps_adamw():
