@@ -16,7 +16,6 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
     python 05_eval.py --animate out/pretrain.pt out/finetune.pt
     python 05_eval.py --checkpoint ipm
     python 05_eval.py --images my_car/images --calibration my_car/rig.json
-    python 05_eval.py --checkpoint out/pretrain.pt --split val
 """
 import argparse
 import re
