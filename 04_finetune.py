@@ -39,7 +39,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW; Muon's is 8 times it")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
