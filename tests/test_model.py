@@ -474,7 +474,7 @@ def test_muon_is_torchs(layer):
 @pytest.mark.parametrize("shape", ((64, 128), (128, 64), (256, 256)))
 def test_orthogonal_of_a_nearly_singular_matrix(shape):
     """Singular values from 1 to a millionth, of which the small ones stay small: beside Newton and Schulz's iteration
-    on the matrix itself, in float64. The Gram matrix has their squares, and rounding errors must not grow into steps."""
+    on the matrix itself, in float64. The Gram matrix has their squares: rounding errors must not become steps."""
     torch.manual_seed(0)
     U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     matrix = (U * torch.logspace(0, -6, min(shape), dtype=torch.float64)) @ Vh
