@@ -12,7 +12,7 @@ Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/spli
 Writes out/finetune.pt, every minute and at the end, and with it .jsonl, .png and _sample.png, all as 03 does
 
     python 04_finetune.py
-    python 04_finetune.py --init scratch --labels 1.0 --steps 1200 --name scratch_100
+    python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100
 """
 import argparse
 import hashlib
