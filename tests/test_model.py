@@ -582,6 +582,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
         train(tmp_path / "older.pt", 6)
 
 
+def test_machines_that_do_not_share_a_checkpoint_are_refused(tmp_path, monkeypatch):
+    """Of two processes, this one finds a half-done run, and the other, on a machine of its own, finds none."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a.pt", 6, stop_at=2)
+    monkeypatch.setattr("model.RANKS", 2)
+    monkeypatch.setattr("model.sum_over_ranks", lambda steps: steps + 0)
+    with pytest.raises(SystemExit, match="a.pt is not the same on all machines: put --out where all of them see it"):
+        train(tmp_path / "a.pt", 6)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     args = argparse.Namespace(steps=9, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
                               checkpointing=False)
