@@ -141,12 +141,12 @@ def middle_of_lines(share):
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
     stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
     stroke = stroke / stroke.sum((1, 2), keepdim=True)
-    # A high power of how well each stroke fits, so that only the best count: a parallel line, a metre aside (a median
+    # A high power of each stroke's response, so that only the best count: a parallel line, a metre aside (a median
     # strip has two kerbs), does not turn this one.
-    fit = F.conv2d(share[None, None], stroke[:, None], padding=radius)[0] ** 8  # (16, X, Y)
+    response = F.conv2d(share[None, None], stroke[:, None], padding=radius)[0] ** 8  # (16, X, Y)
     # Twice the angle, as a line that is turned by pi is the same line.
-    cos, sin = torch.tensordot(torch.stack(((2 * angle).cos(), (2 * angle).sin())), fit, 1)  # (X, Y) each
-    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * fit.sum(0)
+    cos, sin = torch.tensordot(torch.stack(((2 * angle).cos(), (2 * angle).sin())), response, 1)  # (X, Y) each
+    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(0)
     row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
     direction = torch.atan2(sin, cos)[row, column] / 2
     across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)
@@ -206,12 +206,8 @@ def consensus(frames, index, config, args):
 @watched()
 def stored_consensus(path, frames, index, config, args):
     """What `consensus` returns, from the file where it is already there; else it is written, for this stage and 04."""
-    scene, remedy = frames.scenes[index], f"delete {path.parent} or choose another --name"
-    settings = {key: getattr(args, key) for key in CONSENSUS_FLAGS}
-    # A change of what follows, here or in the source of a function, makes another consensus.
-    rules = map(inspect.getsource, (find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw))
-    rules = hashlib.sha256(repr((MAX_RANGE, RASTER, STRAY, LINES, *rules)).encode()).hexdigest()[:12]
-    meta = make_meta(config, {**scene["meta"]["source"], **settings, "rules": rules})
+    scene, remedy = frames.scenes[index], f"delete {path.parent} and {path.parent}.pt or choose another --name"
+    meta = make_meta(config, {**scene["meta"]["source"], **{key: getattr(args, key) for key in CONSENSUS_FLAGS}})
     if not is_finished(path, meta, FRAMES_META + GRID_META, scene["token"], remedy):
         save_pt({"meta": meta, "scene": scene["scene"], "token": scene["token"],
                  "bev": consensus(frames, index, config, args)}, path)
@@ -237,6 +233,12 @@ def draw(votes, config, as_painted):
         line = join_dashes(*middle_of_lines(share[CLASSES.index(name)]), total.shape, *lengths)  # (X, Y)
         ground_map[F.conv2d(line[None, None].float(), disc, padding=radius)[0, 0] > 0] = CLASSES.index(name)
     return ground_map
+
+
+# A change here, or in the source of a function, makes another consensus, and what was learnt from the last one is old.
+FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
+RULES = repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS)))
+RULES = hashlib.sha256(RULES.encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- losses
@@ -288,7 +290,7 @@ if __name__ == "__main__":
     frames = Frames(args.out, train, config, config.history)
     model = initial_model(args, config, path).to(DEVICE)
     args.seen = sorted({*args.seen, *train})
-    args.data = frames.digest  # into the checkpoint, or going on with other pseudo-labels would go unnoticed
+    args.data, args.rules = frames.digest, RULES  # in the checkpoint, they tell when it was trained on other labels
     if args.target != "rendered":
         # Each process begins with a share of its own, and finds the files of the others when it comes to theirs.
         order = sorted(range(len(frames.scenes)), key=lambda index: index % RANKS != RANK)
@@ -298,10 +300,8 @@ if __name__ == "__main__":
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
-        if args.target == "rendered":
-            loss = reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS)
-        else:
-            loss = segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)
+        loss = (reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS) if args.target == "rendered" else
+                segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS))
         parts = {args.target: loss}
         if args.image:
             parts["image"] = image_loss(model, batch["label"])

@@ -79,10 +79,7 @@ def predict(frames, model, config, scenes):
     for index in (i for i, (scene, _) in enumerate(frames.samples) if scene in scenes):
         frame = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([frames[index]]).items()}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
-        if model is None:
-            yield index, frame, inverse_perspective(frame, config.grid)
-            continue
-        logits, bev = step(model, frame, bev, pose)
+        logits, bev = step(model, frame, bev, pose) if model else (inverse_perspective(frame, config.grid), None)
         pose = frame["world_T_ego"]
         yield index, frame, logits
 

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -55,11 +56,11 @@ class Config:
     weights: str | None = None
     # BEVFormer
     bev_shape: tuple[int, int] = (50, 25)  # queries along x, along y, on the same ground as the fine grid
-    channels: int = 64
+    channels: int = 64  # even, and a multiple of the heads
     layers: int = 2
     heads: int = 4
     ffn: int = 128
-    points_spatial: int = 8  # sampling points of a query in each level, shared out among the heights
+    points_spatial: int = 8  # sampling points of a query in each level: a multiple of the number of heights
     points_temporal: int = 4
     heights: tuple[float, ...] = (0.0, 0.5)  # m above the ground where a pillar is projected into the cameras
     history: int = 1  # key frames before the current one in a training sequence
@@ -611,7 +612,7 @@ def record(curve, args, path):
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     figure = Figure((7, 4), dpi=120, layout="tight")
     axes, n = figure.subplots(), max(1, len(curve) // 50)  # single steps differ too much to see a trend
-    for name, colour in zip({name: None for losses in curve for name in losses}, LOSS_COLOURS):
+    for name, colour in zip({name: None for losses in curve for name in losses}, cycle(LOSS_COLOURS)):
         points = torch.tensor([(i, losses[name]) for i, losses in enumerate(curve) if name in losses])  # (T, 2)
         axes.plot(*torch.stack([part.mean(0) for part in points.split(n)]).T, colour, label=name)
     axes.set(xlabel="step", ylabel="loss" + f", mean of {n} values" * (n > 1), ylim=(0, None), title=path.stem)
@@ -649,13 +650,13 @@ def resume(model, optimizer, args, path):
     if not Path(path).exists():
         return 0, []
     remedy = "delete it or choose another --name"
-    checkpoint, half_done = load_checkpoint(path, remedy, model.config)
+    checkpoint, _ = load_checkpoint(path, remedy, model.config)
     free = {"workers", "checkpointing", "out", "name", "init", "seen"}  # seen follows from others
     check_meta(path, checkpoint["args"], vars(args), [key for key in vars(args) if key not in free], remedy)
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")
         sys.exit(0)
-    model.load_state_dict(half_done.state_dict())
+    model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])
     print(f"{path}: going on from step {checkpoint['step']}")

@@ -45,10 +45,10 @@ CLASSES = ("background", "divider", "ped_crossing", "boundary")
 NUM_CLASSES = len(CLASSES)
 CLASS_WEIGHTS = (1.0, 3.0, 1.0, 3.0)  # of the classes in the cross-entropy of BEV maps
 IGNORE = 255
-FRAMES_META = ("format", "classes", "cameras", "image_size")  # what frames depend on, and bev_gt
-GRID_META = ("format", "classes", "x_range", "y_range", "cell", "line_width")
+FRAMES_META = ("format", "classes", "cameras", "image_size")  # what frames depend on
+GRID_META = ("format", "classes", "x_range", "y_range", "cell", "line_width")  # what bev_gt depends on
 FRAMES_KEYS = ("timestamp", "image", "label", "K", "ego_T_cam", "world_T_ego")  # what frames have of each key frame
-CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope")  # of 03: what a consensus depends on
+CONSENSUS_FLAGS = ("target", "view_range", "margin", "slope", "rules")  # of 03: what a consensus depends on
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
@@ -138,7 +138,8 @@ class Grid:
 
     def cells(self, xy):
         """Ego (x, y) in metres, array (..., 2) -> (row, column) in cells; (0, 0) is the grid's far left corner."""
-        return ((self.x_range[1], self.y_range[1]) - xy) / self.cell
+        size = self.x_range[1] - self.x_range[0], self.y_range[1] - self.y_range[0]
+        return ((self.x_range[1], self.y_range[1]) - xy) * self.shape / size  # `cell` may not divide it evenly
 
     def normalise(self, xy):
         """Ego (x, y) in metres (..., 2) -> grid_sample coordinates (..., 2): (column, row), inside is [-1, 1]."""
@@ -516,6 +517,8 @@ def load_pt(path, remedy):
         return torch.load(path, weights_only=True, mmap=is_zip, map_location="cpu")
     except FileNotFoundError:
         sys.exit(f"error: {path} is missing: {remedy}")
+    except (PermissionError, IsADirectoryError) as error:  # no reason to delete it
+        sys.exit(f"error: {path} cannot be read ({error.strerror}): give another path, or allow it to be read")
     except Exception:  # there is nothing that damaged pickles do not raise
         sys.exit(f"error: {path} is damaged or no .pt file of this project: {remedy}")
 
@@ -712,7 +715,7 @@ def watched():
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or (03 and 04) "
+            sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or in 03 and 04 "
                      "--accumulate, --checkpointing and --bf16")
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):

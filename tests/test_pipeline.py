@@ -111,7 +111,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--name", "frames"], "--name frames: there another stage writes"),
     ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was made with temporal_weight 5.0, expected 4.0"),
     ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
-    ("05_eval.py", ["--checkpoint", "out"], "out is damaged or no .pt file of this project: run 04_finetune.py"),
+    ("05_eval.py", ["--checkpoint", "out"], "out cannot be read (Is a directory): give another path"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
     ("05_eval.py", ["--animate", "nowhere.pt"], "nowhere.pt is missing: give checkpoints of 03 or 04"),
     ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
@@ -190,9 +190,15 @@ def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
     stage = tmp_path / "03_pretrain.py"
     stage.write_text((ROOT / stage.name).read_text().replace("> 0.4]", "> 0.5]"))
     said = run(stage, "--steps", 3, cwd=world, ok=False)
-    assert "was made with rules" in said and "delete out/pretrain or choose another --name" in said
+    assert "was made with rules" in said and "delete out/pretrain and out/pretrain.pt or choose another" in said
+    # Without the folder there is a new consensus, but the network has learnt from the old one.
+    shutil.copytree(world / "out", tmp_path / "out", ignore=shutil.ignore_patterns("pretrain"))
+    assert "out/pretrain.pt was made with rules" in run(stage, "--steps", 3, cwd=tmp_path, ok=False)
     stage.write_text((ROOT / stage.name).read_text())
     assert "nothing to do" in run(stage, "--steps", 3, cwd=world)
+    geometry = tmp_path / "reproject.py"  # votes fall where its rays meet the ground
+    geometry.write_text(geometry.read_text().replace("def pixels_to_ground(K,", "def pixels_to_ground(K ,"))
+    assert "was made with rules" in run(stage, "--steps", 3, cwd=world, ok=False)
 
 
 def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,14 @@ def test_render_validity():
     assert valid[0, 0, 85, 0]  # and here 14.2 m
     _, near = render(torch.zeros(1, 1, 200, 100), K, ego_T_cam, (144, 256), GRID, max_range=10.0)
     assert near[0, 0, 103, 128] and not near[0, 0, 100, 128]  # 9.5 m and 10.5 m
+
+
+@pytest.mark.parametrize("cell", (0.3, 0.35))  # the second one does not divide the ground evenly
+def test_cells_are_counted_from_the_far_left_corner(cell):
+    grid = Grid((-30.0, 30.0), (-15.0, 15.0), cell)
+    cells = grid.cells(grid.centres(torch.empty(0, dtype=torch.float64)).numpy())
+    assert np.allclose(cells[0, 0], 0.5) and np.allclose(cells[7, 30], (7.5, 30.5))
+    assert np.allclose(cells[-1, -1], np.array(grid.shape) - 0.5)
 
 
 def test_render_gradcheck():
