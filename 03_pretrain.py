@@ -7,19 +7,19 @@ that camera. (Phase 1 of the paper.) There are two ways to do so:
 - `--target consensus`, the default: markings do not move, so the cameras of *all* frames of a scene can look at the
   same map. Every pixel votes for its class where its ray meets the ground: cross-entropy with all votes is what
   rendering the map into all cameras would give. The votes are cast once, and what they agree on is drawn as a map, the
-  target, with lines as wide as in the ground truth and dashes joined. A hundred views then cost no more than one.
+  target: lines as wide as in the ground truth, dashes joined (not with `painted`). A hundred views cost as much as one.
 
 Two more losses help: the image features must also predict the pseudo-labels (so they learn in fewer steps what to look
 for), and the prediction must not change much from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
-Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end, and with it
+Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end; with it
+       out/pretrain.previous.pt: the one before; out/pretrain_sample.png: what it makes of the first key frame;
        out/pretrain.jsonl and out/pretrain.png: the losses, a line a step, and their curve;
-       out/pretrain_sample.png: what the network makes of the first key frame;
        out/pretrain/<scene>.pt {meta, scene, token [T], bev (T, H, W) uint8}: the consensus, laid out like bev_gt
 
     python 03_pretrain.py
-    torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 60000 --batch-size 32 --lr 4e-4 --workers 8
+    torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 7500 --batch-size 32 --lr 4e-4 --workers 8
 """
 import argparse
 import hashlib

@@ -9,7 +9,7 @@ on every machine and with every seed. The checkpoint records which they were.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init, e.g.
        out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
-Writes out/finetune.pt, every minute and at the end, and with it .jsonl, .png and _sample.png, all as 03 does
+Writes out/finetune.pt, every minute and at the end, and with it .previous.pt, .jsonl, .png and _sample.png, as 03
 
     python 04_finetune.py
     python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100

@@ -112,7 +112,7 @@ class TemporalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.M, self.P = config.channels, config.heads, config.points_temporal
-        # Where to look and with what weight: (x, y, weight) x heads x 2 BEVs x points
+        # Sampling offsets and attention weights in one: (x, y, weight) x heads x 2 BEVs x points
         self.guide = Linear(C, 3 * self.M * 2 * self.P)
         self.guide_previous = Linear(C, 3 * self.M * 2 * self.P, bias=False)
         self.value, self.output = Linear(C, C), Linear(C, C)
@@ -152,9 +152,9 @@ class SpatialCrossAttention(nn.Module):
     def forward(self, query, features, hits):
         """query (B, Q, C); features: (B*N, h, w, C) a level; hits: see reproject.pillars_in_cameras. -> (B, Q, C)"""
         B, Q, C = query.shape
-        camera, cell, anchors = hits  # (R,), (R,), (R, Z, 2)
+        camera, of_query, anchors = hits  # (R,), (R,), (R, Z, 2)
         (R, Z, _), M, L, P = anchors.shape, self.M, self.L, self.P
-        guide = self.guide(query).flatten(0, 1).index_select(0, cell).to(anchors)  # (R, 3*M*L*P)
+        guide = self.guide(query).flatten(0, 1).index_select(0, of_query).to(anchors)  # (R, 3*M*L*P)
         x, y, weights = guide.view(R, 3, M, L, P // Z, Z).unbind(1)  # (R, M, L, P/Z, Z) each
         weights = weights.reshape(R, M, L * P).softmax(-1).view(R, M, L, P)  # over all levels and points
         seen = 0
@@ -166,8 +166,8 @@ class SpatialCrossAttention(nn.Module):
             maps = self.value(feature).unflatten(-1, (M, C // M))
             seen = seen + deformable_attention(maps, *places, weights[:, :, level], camera.view(R, 1, 1))  # (R, C)
         # Mean over the cameras that see the query; one that sees nothing was never computed.
-        total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, cell, seen)  # (B*Q, C)
-        count = torch.bincount(cell, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
+        total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, of_query, seen)  # (B*Q, C)
+        count = torch.bincount(of_query, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
         return query + self.output((total / count).view(B, Q, C))  # (B, Q, C)
 
 
