@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import count_lines
 import pytest
 from conftest import ROOT
 
@@ -61,6 +62,13 @@ def test_public_names_have_docstrings_and_imports_are_the_allowed(path):
 def test_the_scripts_do_not_grow():
     """All of it is to be read in one sitting: what comes in, something must make room for."""
     assert sum(len(path.read_text().splitlines()) for path in SCRIPTS) <= 2825
+
+
+def test_lines_are_counted():
+    text = ('"""What it is."""\nimport os  # why\n\n\n'
+            'def f(x):\n    """Says\n    more."""\n    # a comment\n    return """one\ntwo"""\n')
+    assert count_lines.count(text) == {"lines": 10, "code": 4, "comments": 2, "docstrings": 3, "longest": 6}
+    assert f"| {' | '.join(f'{n:,}' for n in (len(SCRIPTS), *count_lines.total(SCRIPTS).values()))} |" in README
 
 
 def test_no_path_of_a_machine():
