@@ -2,7 +2,9 @@
 import importlib
 import json
 import math
+import time
 
+import bench_claim
 import pytest
 import torch
 from bench_claim import (ABLATIONS, LONG, MAIN, ROWS, command_of, energy, hold_out, interval, points, summary,
@@ -65,6 +67,38 @@ def test_known_results_are_not_measured_again(tmp_path, capsys):
     assert [r["miou"] for r in found["supervised 100%"]] == [0.4, 0.5]
     line = "| supervised 100% | 2 | 0.300 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 0.450 ± 0.635 | 10 ± 0 |"
     assert line in capsys.readouterr().out
+
+
+def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, monkeypatch):
+    """Stages that do nothing, but in the time they would take."""
+    trained = []
+
+    def run(script, *words):
+        words = list(map(str, words))
+        if script == "05_eval.py":
+            (tmp_path / "eval").mkdir(exist_ok=True)
+            (tmp_path / "eval/metrics.json").write_text(json.dumps({"miou": 0.5, "iou": {}}))
+            return 0
+        if "--init" in words and "scratch" not in words:
+            assert words[words.index("--init") + 1] in trained
+        steps = int(words[words.index("--steps") + 1])
+        time.sleep(steps / 20000)
+        trained.append(str(tmp_path / words[words.index("--name") + 1]) + ".pt")
+        return steps
+
+    (tmp_path / "claim").mkdir()
+    monkeypatch.setattr(bench_claim, "run", run)
+    bench_claim.measure(tmp_path, ROWS, {"ipm": 1} | dict.fromkeys(MAIN, 2))
+    found = json.loads((tmp_path / "claim/results.json").read_text())
+    assert len(trained) == len(set(trained)) == 2 * len(MAIN) and len(found) == 2 * len(MAIN) + 1
+    assert found[f"{LONG}, seed 1"]["seconds"] == 1450 and found["pretraining + 10%, seed 0"]["seconds"] == 1700
+
+
+def test_a_stage_that_fails_ends_the_measurement_with_its_own_words(tmp_path):
+    (tmp_path / "claim").mkdir()
+    with pytest.raises(SystemExit, match="splits.json is missing: run 02_bev_gt.py"):
+        bench_claim.measure(tmp_path, ROWS, dict.fromkeys(MAIN, 1))
+    assert not (tmp_path / "claim/results.json").exists()
 
 
 def test_every_row_has_flags_that_its_stage_takes(monkeypatch):
