@@ -14,7 +14,6 @@ Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], t
 Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.
 """
 import argparse
-import hashlib
 import os
 import socket
 import sys
@@ -31,9 +30,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, encode, is_finished,
-                       keep_freed_memory, key_frames, levelled, look_up, make_meta, open_tables, pose_matrix, pose_of,
-                       recorded, save_pt, watched, world_from_ego)
+from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, drive_of, encode,
+                       fingerprint, is_finished, keep_freed_memory, key_frames, levelled, look_up, make_meta,
+                       open_tables, pose_matrix, pose_of, recorded, save_pt, watched, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -76,8 +75,8 @@ def parse_args():
 
 # ---------------------------------------------------------------- the segmenter
 
-def segmenter_config(name):
-    """The checkpoint's configuration and its revision: the hub's commit, or a hash of a folder's weights."""
+def segmenter_names(name):
+    """The checkpoint's label names and its revision: the hub's commit, or a hash of a folder's files."""
     folder = Path(name)
     if not folder.is_dir() and not getproxies() and "HF_ENDPOINT" not in os.environ:  # a mirror of the hub
         try:
@@ -89,18 +88,19 @@ def segmenter_config(name):
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
+        names = [config.id2label[i] for i in range(config.num_labels)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         what = ("is a folder without the config.json of a model" if folder.is_dir() else
                 "is neither a folder nor to be had from the Hugging Face hub (no such model, or no network)")
         sys.exit(f"error: --segmenter {name} {what}: give a folder or a hub id of a Mask2Former with Mapillary labels")
     if config.model_type != "mask2former":
         sys.exit(f"error: --segmenter {name} is a {config.model_type}, not a Mask2Former: give another one")
     if not folder.is_dir():
-        return config, config._commit_hash
-    data = b"".join(path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin"))
-    if not data:
+        return names, config._commit_hash
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".json")]
+    if all(path.suffix == ".json" for path in files):
         sys.exit(f"error: --segmenter {name} holds no weights (*.safetensors): copy them there")
-    return config, hashlib.sha256(data).hexdigest()[:12]
+    return names, fingerprint(b"".join(path.read_bytes() for path in files))
 
 
 @watched()
@@ -114,13 +114,13 @@ def load_segmenter(name, device):
     try:
         model, report = Mask2FormerForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
         processor = Mask2FormerImageProcessor.from_pretrained(name)  # for the colours that it was trained on
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         sys.exit(f"error: --segmenter {name} cannot be loaded ({str(error).splitlines()[0]}): get it again")
     # Published checkpoints with a Swin backbone lack its last norm, which takes no part in feature maps.
     if missing := sorted(key for key in report["missing_keys"] if ".swin.layernorm." not in key):
         sys.exit(f"error: --segmenter {name} lacks weights ({missing[0]}, ...): get it again")
     model = model.eval().to(device)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
 
     def segment(images):
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
@@ -278,22 +278,22 @@ if __name__ == "__main__":
 
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
-    settings, revision = segmenter_config(args.segmenter)
-    names = [settings.id2label[i] for i in range(settings.num_labels)]
+    names, revision = segmenter_names(args.segmenter)
     membership = group_labels(names).to(DEVICE)
     model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
-    meta = make_meta(config, {"version": args.version, "segmenter": model_name, "revision": revision,
-                              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
-                              "sweeps": args.sweeps,
-                              "groups": hashlib.sha256(repr((GROUPS, LINE_GAIN)).encode()).hexdigest()[:12]})
+    source = {"version": args.version, "segmenter": model_name, "revision": revision, "sweeps": args.sweeps,
+              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
+              "groups": fingerprint(repr((GROUPS, LINE_GAIN)))}
 
     # What there is to do: this process's share of the scenes, but those whose file is there already. (The share comes
     # first: as files appear meanwhile, each process would share out another list.)
-    share = nusc.scene[RANK::RANKS]
-    todo = [scene for scene in share
-            if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META,
-                               [sample["token"] for sample in key_frames(nusc, scene)],
-                               f"delete {folder} or use another --out")]
+    share, todo = nusc.scene[RANK::RANKS], []
+    for scene in share:
+        samples = key_frames(nusc, scene)
+        meta = make_meta(config, source | {"drive": drive_of(nusc, samples)})
+        if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META, [sample["token"] for sample in samples],
+                           f"delete {folder} or use another --out"):
+            todo.append((scene, meta))
     if not todo:
         print(f"{folder} is finished ({len(share)} scenes): nothing to do")
         sys.exit()
@@ -304,9 +304,9 @@ if __name__ == "__main__":
     label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), membership=membership,
                     segmenter_size=args.segmenter_size, image_size=config.image_size,
                     min_confidence=args.min_confidence)
-    total = sum(T + args.sweeps * (T - 1) for T in (scene["nbr_samples"] for scene in todo)) * len(CAMERAS)
+    total = sum(T + args.sweeps * (T - 1) for T in (scene["nbr_samples"] for scene, _ in todo)) * len(CAMERAS)
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image", position=RANK) as progress:
-        for scene in todo:
+        for scene, meta in todo:
             frames, paths = read_scene(nusc, scene, config.image_size, args.sweeps)
             labelled = []
             for batch in pool.map(label, [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]):

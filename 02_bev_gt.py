@@ -17,7 +17,6 @@ Where classes overlap, boundary wins over divider, and divider over ped_crossing
 polygon that it crosses, and of two lines the one that a wheel must not cross matters more.
 """
 import argparse
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,9 @@ from nuscenes.utils import splits
 from tqdm import tqdm
 
 from model import PRESETS
-from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, is_finished, keep_freed_memory, key_frames, look_up,
-                       make_meta, open_tables, positive, read_json, save_json, save_pt, watched, world_from_ego)
+from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, drive_of, fingerprint, is_finished, keep_freed_memory,
+                       key_frames, look_up, make_meta, open_tables, positive, read_json, save_json, save_pt, watched,
+                       world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.25  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
@@ -177,11 +177,11 @@ def rasterise(road_map, world_T_ego, grid, line_width):
 
 
 def rasterise_scene(road_map, config, scene):
-    """The content of a scene's file but for its meta. scene: (name, tokens [T], world_T_ego (T, 4, 4)). The maps are a
-    numpy array, as tensors would come from a worker through shared memory, of which there may be little."""
-    name, tokens, poses = scene
+    """The content of a scene's file. scene: (meta, name, tokens [T], world_T_ego (T, 4, 4)). The maps are an array, as
+    tensors would come from a worker through shared memory, of which there may be little."""
+    meta, name, tokens, poses = scene
     bev = [rasterise(road_map, world_T_ego, config.grid, config.line_width) for world_T_ego in poses]
-    return {"scene": name, "token": tokens, "bev": np.stack(bev)}
+    return {"meta": meta, "scene": name, "token": tokens, "bev": np.stack(bev)}
 
 
 def official_splits(scenes, version):
@@ -241,21 +241,21 @@ if __name__ == "__main__":
         sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
 
     # What there is to do: every RANKS-th scene, but those whose file is there already.
-    todo, metas, tracks = {}, {}, {}  # location -> scenes, location -> meta, scene -> (T, 2) m
+    todo, digests, tracks = {}, {}, {}  # location -> scenes, location -> its map's fingerprint, scene -> (T, 2) m
     for number, scene in enumerate(nusc.scene):
         location = look_up(nusc, "log", scene["log_token"])["location"]
-        if location not in metas:
+        if location not in digests:
             path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
             if not path.is_file():
                 sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-            metas[location] = make_meta(config, {"version": args.version, "map": digest})
+            digests[location] = fingerprint(path.read_bytes())
         samples = key_frames(nusc, scene)
+        meta = make_meta(config, {"version": args.version, "map": digests[location], "drive": drive_of(nusc, samples)})
         tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
-        tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(metas).index(location), 0)  # a far place each
-        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", metas[location], GRID_META,
-                                                      tokens, f"delete {folder} or use another --out"):
-            todo.setdefault(location, []).append((scene["name"], tokens, poses))
+        tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(digests).index(location), 0)  # a far place each
+        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens,
+                                                      f"delete {folder} or use another --out"):
+            todo.setdefault(location, []).append((meta, scene["name"], tokens, poses))
     del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
 
     keep_freed_memory()
@@ -266,7 +266,7 @@ if __name__ == "__main__":
             draw = partial(rasterise_scene, road_map, config)
             # A DataLoader as a pool of processes: it hands out the scenes one by one, and each worker draws its own.
             for content in torch.utils.data.DataLoader(scenes, None, num_workers=args.workers, collate_fn=draw):
-                content |= {"meta": metas[location], "bev": torch.from_numpy(content["bev"])}
+                content["bev"] = torch.from_numpy(content["bev"])
                 save_pt(content, folder / f"{content['scene']}.pt")
                 progress.update()
     if RANK:

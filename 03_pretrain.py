@@ -22,7 +22,6 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every
     torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 7500 --batch-size 32 --lr 4e-4 --workers 8
 """
 import argparse
-import hashlib
 import inspect
 import math
 import sys
@@ -34,9 +33,9 @@ from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
 from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
-                       RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
-                       load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits, relative_pose,
-                       render, save_pt, sum_over_ranks, warp, watched)
+                       RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, fingerprint, is_finished,
+                       join_ranks, load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits,
+                       relative_pose, render, save_pt, sum_over_ranks, warp, watched)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
@@ -237,8 +236,7 @@ def draw(votes, config, as_painted):
 
 # A change here, or in the source of a function, makes another consensus, and what was learnt from the last one is old.
 FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
-RULES = repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS)))
-RULES = hashlib.sha256(RULES.encode()).hexdigest()[:12]
+RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS))))
 
 
 # ---------------------------------------------------------------- losses

@@ -61,7 +61,8 @@ def choose_scenes(scenes, share):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
-    args.image = args.image if args.image is not None else 0.0 if args.init == "scratch" else 1.0
+    if args.image is None:
+        args.image = float(args.init != "scratch")
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     lock = claim(path)
     join_ranks()

@@ -85,7 +85,7 @@ def predict(frames, model, config, scenes):
 
 
 def conditions_of(description):
-    """nuScenes states night and rain in the scene's description; what states neither is day."""
+    """Which of the CONDITIONS, a list, a scene's description in nuScenes names; one that names none is of day."""
     found = [word for word in CONDITIONS[1:] if re.search(rf"\b{word}\b", description.lower())]
     return found or ["day"]
 
@@ -244,11 +244,11 @@ def read_rig(folder, calibration, config):
             ego_T_cam.append(torch.tensor(camera["ego_T_cam"], dtype=torch.float32))
             R = ego_T_cam[-1][:3, :3]
             if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or min(K[-1][0, 0], K[-1][1, 1]) <= 0
-                    or K[-1][2].tolist() != [0, 0, 1] or ego_T_cam[-1][3].tolist() != [0, 0, 0, 1]
+                    or K[-1][2].tolist() != [0, 0, 1] or K[-1].det() <= 0 or ego_T_cam[-1][3].tolist() != [0, 0, 0, 1]
                     or not all(matrix.isfinite().all() for matrix in (K[-1], ego_T_cam[-1]))
                     or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0 or ego_T_cam[-1][2, 3] <= 0):
                 raise ValueError
-        except (LookupError, TypeError, ValueError, RuntimeError):
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError):
             sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam with z > 0: {remedy}")
         try:
             with Image.open(Path(folder) / name) as file:

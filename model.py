@@ -11,7 +11,6 @@ loss, the score, and the training loop of stages 03 and 04.
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
 cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels. Axes: see reproject.py.
 """
-import hashlib
 import importlib
 import json
 import math
@@ -34,9 +33,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
 from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm,
-                       Grid, Linear, batch_samples, check_meta, deformable_attention, keep_freed_memory, learning_rate,
-                       load_pt, pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks, warp, watched,
-                       whole_file)
+                       Grid, Linear, batch_samples, check_meta, deformable_attention, fingerprint, keep_freed_memory,
+                       learning_rate, load_pt, pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks,
+                       warp, watched, whole_file)
 
 # ---------------------------------------------------------------- size of everything
 
@@ -120,8 +119,8 @@ class TemporalSelfAttention(nn.Module):
         nn.init.zeros_(self.guide_previous.weight)
 
     def forward(self, query, position, previous, current, reference):
-        """query, previous (B, Q, C), position, current (1 or B, Q, C): 1 if it is the same for all samples; reference
-        (H, W, 2): the queries' own places in pixels (x, y). -> (B, Q, C)"""
+        """query, previous, current (B, Q, C), position (1, Q, C); reference (H, W, 2): the queries' own places in
+        pixels (x, y). -> (B, Q, C)"""
         (B, Q, C), (H, W, _), M, P = query.shape, reference.shape, self.M, self.P
         guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
         x, y, weights = guide.to(reference).view(B, Q, 3, M, 2, P).unbind(2)  # (B, Q, M, 2, P) each
@@ -129,11 +128,10 @@ class TemporalSelfAttention(nn.Module):
         weights = weights.softmax(-1) / 2  # over the points in each BEV; halved, as the two results are averaged
         # Without a history both are the same BEV, which is projected once.
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
-        maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B, B+1 or 2B
-        # Which map is a sample's previous BEV, and which its current one: these are the last ones, B or one for all.
+        maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B or 2B
+        # Which map is a sample's previous BEV, and which its current one: these are the last ones.
         sample = torch.arange(B, dtype=torch.int32, device=query.device)
-        own = sample if len(current) == B else torch.zeros_like(sample)
-        source = torch.stack((sample, len(maps) - len(current) + own), -1)  # (B, 2)
+        source = torch.stack((sample, len(maps) - B + sample), -1)  # (B, 2)
         source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)  # (B*Q, 1, 2*P)
         x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))  # (B*Q, M, 2*P)
         return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
@@ -207,15 +205,11 @@ class Encoder(nn.Module):
         row, column = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in c.bev_shape), indexing="ij")
         reference = torch.stack((column, row), -1).to(K)  # (H, W, 2)
         query = first.expand(len(K), -1, -1)  # (B, Q, C)
-        all_linked = previous is not None and has_previous.all()
         for layer in self.layers:
             # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
             # without, both stand for the layer's own input.
-            if previous is None:
-                then = now = query
-            elif all_linked:
-                then, now = previous, first
-            else:
+            then = now = query
+            if previous is not None:
                 then, now = (torch.where(has_previous.view(-1, 1, 1), bev, query) for bev in (previous, first))
             inputs = query, position, then, now, reference, features, hits
             query = recompute(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
@@ -423,11 +417,11 @@ def load_checkpoint(path, remedy, config=None):
         sys.exit(f"error: {path} is no checkpoint of 03_pretrain.py or 04_finetune.py: {remedy}")
     try:
         found = Config(**checkpoint["config"])
-    except TypeError as error:
+        if config is not None:
+            check_meta(path, vars(found), vars(config), vars(config), remedy)
+        model = BEVSegmenter(found)
+    except (TypeError, ValueError, LookupError) as error:
         sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
-    if config is not None:
-        check_meta(path, vars(found), vars(config), vars(config), remedy)
-    model = BEVSegmenter(found)
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -458,7 +452,7 @@ def initial_model(args, config, path):
             for name in report["left"]:
                 if not name.startswith(("refine", "classify", "image_head")):
                     raise ValueError(f"nothing in it is our {name}")
-        except (AttributeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
         print("{}: {} parameters used, {} of the detector ignored; left at their start: {}".format(
             args.init, len(report["used"]), len(report["ignored"]), ", ".join(report["left"])))
@@ -474,7 +468,7 @@ def initial_model(args, config, path):
         if leak := [scene for side in SPLITS[args.split][1:] for scene in splits[side] if scene in args.seen]:
             sys.exit(f"error: {args.init} was trained on {len(leak)} scenes that --split {args.split} holds out, e.g. "
                      f"{leak[0]}: run 03_pretrain.py with --split {args.split} and another --name")
-    args.init_digest = hashlib.sha256(Path(args.init).read_bytes()).hexdigest()[:12]  # compared when a run goes on
+    args.init_digest = fingerprint(Path(args.init).read_bytes())  # compared when a run goes on
     return model
 
 
@@ -540,7 +534,7 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "muon": self.momenta}
 
     def load_state_dict(self, state):
-        """Of what state_dict returned."""
+        """Go on from what state_dict returned."""
         self.adamw.load_state_dict(state["adamw"])
         for momentum, saved in zip(self.momenta, state["muon"], strict=True):
             momentum.copy_(saved)
@@ -595,9 +589,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
         curve.append({name: (sum_over_ranks(value) / RANKS).item() for name, value in losses.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
-            save_checkpoint(model, optimizer, args, curve, path)
             record(curve, args, path)
             draw_sample(model, data, path, i + 1)
+            save_checkpoint(model, optimizer, args, curve, path)  # last: a finished run must have its pictures
             saved = time.time()
     seconds = time.time() - began
     print(f"{path}: {args.steps} steps, the last {args.steps - start} in {seconds:.0f} s, of which "
@@ -650,14 +644,17 @@ def resume(model, optimizer, args, path):
     if not Path(path).exists():
         return 0, []
     remedy = "delete it or choose another --name"
-    checkpoint, _ = load_checkpoint(path, remedy, model.config)
+    checkpoint = load_pt(path, remedy)  # initial_model has checked that it fits
     free = {"workers", "checkpointing", "out", "name", "init", "seen"}  # seen follows from others
     check_meta(path, checkpoint["args"], vars(args), [key for key in vars(args) if key not in free], remedy)
     if checkpoint["step"] >= args.steps:
         print(f"{path} is finished ({args.steps} steps): nothing to do")
         sys.exit(0)
     model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, LookupError, RuntimeError) as error:
+        sys.exit(f"error: {path} does not fit Optimizer in model.py ({error}): {remedy}")
     torch.set_rng_state(checkpoint["rng"])
     print(f"{path}: going on from step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["curve"]

@@ -409,14 +409,14 @@ def open_tables(NuScenes, dataroot, version):
 
 
 def is_sound(value, kind):
-    """Whether a value is text (str), true or false (bool), a whole number from 0 on (int), a finite number (float) or a
-    list of so many."""
+    """Whether a value is text (str), true or false (bool), a whole number from 0 on that int64 holds (int), a number
+    that can be one of metres (float), or a list of so many."""
     if isinstance(kind, tuple):
         return (isinstance(value, list) and len(value) == kind[0] and all(is_sound(v, kind[1]) for v in value)
                 and (kind[0] != 4 or any(value)))  # four numbers are a quaternion: 0 is none
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind and (kind is str or value >= 0)
+        return type(value) in (int, float) and abs(value) < 1e15  # of nan, too, this is False
+    return type(value) is kind and (kind is str or 0 <= value < 2 ** 63)
 
 
 def look_up(nusc, table, token):
@@ -449,12 +449,23 @@ def pose_of(nusc, data):
     return pose_matrix(look_up(nusc, "ego_pose", data["ego_pose_token"]))
 
 
+def drive_of(nusc, samples):
+    """A fingerprint of where the car was at these key frames: a data set that has changed may have kept its tokens."""
+    poses = [recorded(nusc, sample, "LIDAR_TOP")["ego_pose_token"] for sample in samples]
+    return fingerprint(repr([look_up(nusc, "ego_pose", token)["translation"] for token in poses]))
+
+
 def world_from_ego(nusc, sample):
     """world_T_ego (4, 4) float64 of a key frame: levelled, at its LIDAR_TOP time."""
     return levelled(pose_of(nusc, recorded(nusc, sample, "LIDAR_TOP")))
 
 
 # ---------------------------------------------------------------- files
+
+def fingerprint(data):
+    """Twelve hexadecimal digits that tell bytes, or a text, from others."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
+
 
 def read_json(path, remedy):
     """The content of a JSON file, or stop with one line that ends in the remedy."""
@@ -524,14 +535,14 @@ def load_pt(path, remedy):
 
 
 def load_artifact(path, remedy, keys=()):
-    """Read a file of frames/ or bev_gt/ whose `keys` have an entry for each key frame: "image" and "bev" exactly one,
-    the others perhaps more, for the views of --sweeps."""
+    """Read a file of frames/, bev_gt/ or a consensus whose `keys` have an entry for each key frame: "image" and "bev"
+    exactly one, the others perhaps more, for the views of --sweeps."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
             or not isinstance(content["meta"], dict) or not isinstance(content["meta"].get("source"), dict)
-            or any(len(content[key]) < len(content["token"]) for key in keys)
-            or any(len(content[key]) > len(content["token"]) for key in keys if key in ("image", "bev"))):
-        sys.exit(f"error: {path} is no file of stage 01 or 02: {remedy}")
+            or any(len(content[key]) < len(content["token"]) or
+                   (key in ("image", "bev") and len(content[key]) > len(content["token"])) for key in keys)):
+        sys.exit(f"error: {path} is no file of stage 01, 02 or 03: {remedy}")
     return content
 
 
@@ -543,7 +554,7 @@ def encode(image, kind):
 
 
 def decode(data):
-    """The way back: bytes -> (h, w, 3) or, for a grey picture, (h, w), uint8."""
+    """What `encode` has written, as an array again: (h, w, 3) or, for a grey picture, (h, w), uint8."""
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data.numpy().tobytes()))))
 
 
@@ -599,9 +610,9 @@ class Frames(torch.utils.data.Dataset):
     def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=(), settings=()):
         """consensus: {scene: file} of those scenes whose bev comes from 03_pretrain.py instead of the ground truth;
         settings: {flag: value} with which 03 must have made them."""
-        if config.y_range[0] != -config.y_range[1]:
-            sys.exit(f"error: y_range {config.y_range} in model.py: the grid must reach as far to the left as to the "
-                     "right, as half of the training samples are mirrored")
+        if config.y_range[0] != -config.y_range[1] or set(LEFT_RIGHT.values()) != set(CAMERAS):
+            sys.exit(f"error: y_range {config.y_range} (model.py) or CAMERAS (reproject.py): they must be the same to "
+                     "the left and to the right, as half of the training samples are mirrored")
         self.history, self.scenes, self.samples, made_of, meta = history, [], [], [], make_meta(config, None)
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
@@ -615,16 +626,16 @@ class Frames(torch.utils.data.Dataset):
                 check_meta(path, truth["meta"], meta, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
                     sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
-                made_with = {**frames["meta"]["source"], **dict(settings)} if learnt else {}
-                check_meta(path, truth["meta"]["source"], made_with, made_with,
-                           "delete its folder and its checkpoint, run 03_pretrain.py again")
+                found, made_with = truth["meta"]["source"], {**frames["meta"]["source"], **dict(settings)}
+                check_meta(path, found, made_with, made_with if learnt else {"drive"} & found.keys() & made_with.keys(),
+                           f"delete its folder{' and its checkpoint' if learnt else ''}, {remedy} again")
                 frames["bev"] = truth["bev"]
-                made_of.append(truth["meta"]["source"])
+                made_of.append(found)
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]
             self.scenes.append(frames)
             made_of += [scene, frames["meta"]["source"], frames["token"]]
         # A training that goes on must go on with the same labels: this says which they are.
-        self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+        self.digest = fingerprint(json.dumps(made_of, sort_keys=True))
 
     def __len__(self):
         return len(self.samples)
@@ -744,15 +755,16 @@ def check_training(args):
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
     if not 0 <= args.seed < 2 ** 32:
         sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
-    if Path(args.name).name in ("frames", "bev_gt", "eval"):
-        sys.exit(f"error: --name {args.name}: there another stage writes: choose another --name")
+    if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith(".previous"):
+        sys.exit(f"error: --name {args.name}: this is no name, or what is there is written by others: choose another")
     if args.batch_size % (args.accumulate * RANKS):
         sys.exit(f"error: --batch-size {args.batch_size} cannot be shared out evenly: give a multiple of --accumulate "
                  f"times the number of processes ({args.accumulate * RANKS})")
 
 
 def claim(path):
-    """Refuse to write `path` while another run does. The lock ends with the process, however that ends."""
+    """Refuse to write `path` while another run does. Returns the open lock file, which must be kept: the lock ends with
+    it, and so with the process, however that ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")

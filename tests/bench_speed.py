@@ -515,7 +515,7 @@ def our_labelling(paths, folder, device):
     stage = importlib.import_module("01_pseudolabel")
     sys.argv = sys.argv[:1]  # in this process alone: the flags are those of stage 01, at their defaults
     args, size = stage.parse_args(), PRESETS["toy"].image_size
-    names = stage.segmenter_config(SEGMENTER)[0].id2label.values()
+    names = stage.segmenter_names(SEGMENTER)[0]
     torch.set_num_threads(1)
     label = partial(stage.label_images, segment=stage.load_segmenter(SEGMENTER, device),
                     membership=stage.group_labels(list(names)).to(device), segmenter_size=args.segmenter_size,

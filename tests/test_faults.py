@@ -28,8 +28,8 @@ from test_bev_gt import rectangle, write_map
 from test_reproject import write_scene
 
 from model import PRESETS, BEVSegmenter
-from reproject import (CONSENSUS_FLAGS, Frames, levelled, load_artifact, load_pt, pose_matrix, read_splits, save_json,
-                       save_pt, watched)
+from reproject import (CONSENSUS_FLAGS, Frames, is_sound, levelled, load_artifact, load_pt, pose_matrix, read_splits,
+                       save_json, save_pt, watched)
 
 CONFIG = PRESETS["toy"]
 TALLY = {}  # case -> how many were tried, named, right, altered
@@ -188,10 +188,19 @@ def test_files_of_another_place(out, tmp_path):
         tally("splits.json", lambda: read_splits(tmp_path / "out"), None, "splits.json")
 
 
+@pytest.mark.parametrize("value, kind, sound", [
+    (1.5, float, True), (-7, float, True), (10 ** 400, float, False), (math.inf, float, False),
+    (math.nan, float, False), (-math.inf, float, False),
+    (7, int, True), (0, int, True), (-1, int, False), (2 ** 63, int, False), (True, int, False), (True, bool, True),
+    ([0, 0, 0, 1.0], (4, float), True), ([0, 0, 0, 0], (4, float), False), ([1, 2], (3, float), False)])
+def test_what_tables_may_hold(value, kind, sound):
+    assert is_sound(value, kind) == sound
+
+
 @pytest.mark.parametrize("meta", [None, 7, {}, {"source": None}])
 def test_an_artifact_without_meta_is_named(tmp_path, meta):
     save_pt({"meta": meta, "token": []}, tmp_path / "x.pt")
-    with pytest.raises(SystemExit, match="x.pt is no file of stage 01 or 02: run 01"):
+    with pytest.raises(SystemExit, match="x.pt is no file of stage 01, 02 or 03: run 01"):
         load_artifact(tmp_path / "x.pt", "run 01")
 
 

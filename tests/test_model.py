@@ -206,13 +206,15 @@ def test_training_starts_from_a_released_checkpoint(zipped, tmp_path, capsys):
     assert "5 of the detector ignored; left at their start: refine.0.weight" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ("resnet", "no neck", "list"))
+@pytest.mark.parametrize("content", ("resnet", "no neck", "list", "numbers"))
 def test_a_file_that_is_no_bevformer_is_refused(content, tmp_path):
     state = official_state(BEVSegmenter(SMALL))
     without_neck = {key: value for key, value in state.items() if "img_neck" not in key}
     resnet = {key.removeprefix("img_backbone."): value for key, value in state.items() if "img_backbone" in key}
-    torch.save({"resnet": resnet, "no neck": without_neck, "list": [1]}[content], tmp_path / "b.pth")
-    with pytest.raises(SystemExit, match="b.pth does not fit --preset toy: .*(nothing in it is our|no attribute)"):
+    contents = {"resnet": resnet, "no neck": without_neck, "list": [1], "numbers": {0: torch.zeros(1)}}
+    torch.save(contents[content], tmp_path / "b.pth")
+    says = "b.pth does not fit --preset toy: .*(nothing in it is our|no attribute|expected string)"
+    with pytest.raises(SystemExit, match=says):
         initial_model(argparse.Namespace(init=str(tmp_path / "b.pth"), preset="toy"), SMALL, tmp_path / "x.pt")
 
 
@@ -580,6 +582,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     save_pt(content, tmp_path / "older.pt")
     with pytest.raises(SystemExit, match="older.pt was made with optimizer None, expected Muon"):
         train(tmp_path / "older.pt", 6)
+    content = torch.load(tmp_path / "killed.previous.pt", weights_only=True)
+    content["optimizer"]["muon"].pop()  # as if one more layer were Muon's now
+    save_pt(content, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="other.pt does not fit Optimizer in model.py"):
+        train(tmp_path / "other.pt", 6)
 
 
 def test_machines_that_do_not_share_a_checkpoint_are_refused(tmp_path, monkeypatch):
@@ -641,6 +648,9 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path):
     save_pt({key: value for key, value in content.items() if key != "step"}, tmp_path / "e.pt")
     with pytest.raises(SystemExit, match="is no checkpoint"):
         load_checkpoint(tmp_path / "e.pt", "run 03")
+    save_pt(content | {"config": content["config"] | {"stages": (2, 9)}}, tmp_path / "f.pt")
+    with pytest.raises(SystemExit, match="f.pt does not fit Config in model.py"):
+        load_checkpoint(tmp_path / "f.pt", "run 03")
     content["model"]["query"] = torch.zeros(3, 3)
     save_pt(content, tmp_path / "d.pt")
     with pytest.raises(SystemExit, match="does not fit model.py: size mismatch for query"):

@@ -1,5 +1,6 @@
 """All five stages end to end, each as its own process, on a world of two scenes; and their bad input, one line each."""
 import json
+import os
 import shutil
 
 import pytest
@@ -108,7 +109,9 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--temporal-weight", "nan"], "argument --temporal-weight: invalid not_negative value: 'nan'"),
     ("04_finetune.py", ["--image", "-1"], "argument --image: invalid not_negative value: '-1'"),
     ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed 10000000000000000: give a number from 0 to"),
-    ("03_pretrain.py", ["--name", "frames"], "--name frames: there another stage writes"),
+    ("03_pretrain.py", ["--name", "frames"], "--name frames: this is no name, or what is there is written by others"),
+    ("03_pretrain.py", ["--name", "pretrain.previous"], "--name pretrain.previous: this is no name, or"),
+    ("04_finetune.py", ["--name", ""], "--name : this is no name, or"),
     ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was made with temporal_weight 5.0, expected 4.0"),
     ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out cannot be read (Is a directory): give another path"),
@@ -118,6 +121,25 @@ def test_finished_stages_do_nothing(world):
 ])
 def test_bad_input_is_one_line(world, script, args, says):
     assert says in run(script, *args, cwd=world, ok=False)
+
+
+def test_another_data_set_of_the_same_scenes_is_noticed(world, tmp_path):
+    """A world that was made anew has the same scenes and tokens, but the car goes elsewhere."""
+    shutil.copytree(world / "data", tmp_path / "data", copy_function=os.link)
+    poses = tmp_path / "data/toy/v1.0-trainval/ego_pose.json"
+    moved = json.loads(poses.read_text())
+    for pose in moved:
+        pose["translation"][0] += 0.5
+    poses.unlink()  # it is a link
+    poses.write_text(json.dumps(moved))
+    shutil.copytree(world / "out", tmp_path / "out")
+    label = "01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter"
+    for command, folder in ((label, "frames"), (("02_bev_gt.py",), "bev_gt")):
+        assert f"delete out/{folder} or use another --out" in run(*command, cwd=tmp_path, ok=False)
+    shutil.rmtree(tmp_path / "out/bev_gt")
+    run("02_bev_gt.py", cwd=tmp_path)
+    said = run("05_eval.py", cwd=tmp_path, ok=False)
+    assert "was made with drive" in said and "delete its folder, run 02_bev_gt.py again" in said
 
 
 def test_a_released_bevformer_is_a_start(world):
@@ -215,6 +237,7 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     other.unlink(missing_ok=True)
     assert f"{other.name} is missing: run 03_pretrain.py" in run(*tune, cwd=tmp_path, ok=False)
     frames = torch.load(tmp_path / f"out/frames/{other.name}", weights_only=True)
+    content["meta"]["source"]["drive"] = frames["meta"]["source"]["drive"]
     save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
     assert "with the consensus of pretraining: 1" in run(*tune, cwd=tmp_path)
     (tmp_path / "out/half.pt").unlink()

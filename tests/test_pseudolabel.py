@@ -212,7 +212,7 @@ def test_files_read_back(world):
     assert frames["timestamp"].dtype == torch.int64 and frames["timestamp"].shape == (2,)
     assert frames["world_T_ego"].dtype == torch.float64 and frames["ego_T_cam"].dtype == torch.float32
     assert set(frames["meta"]["source"]) == {"version", "segmenter", "revision", "segmenter_size", "min_confidence",
-                                             "sweeps", "groups"}
+                                             "sweeps", "groups", "drive"}
     assert frames["meta"]["source"]["segmenter"] == "toy_segmenter" and len(frames["meta"]["source"]["revision"]) == 12
     item = Frames(world / "out", [path.stem for path in paths], PRESETS["toy"], history=1)[3]
     assert item["image"].shape == (2, 6, 3, 144, 256) and item["label"].shape == (6, 144, 256)
@@ -457,11 +457,26 @@ def test_segmenters_that_are_none(world, tmp_path):
     assert not out.exists()
 
     weights.unlink()
-    stops("no weights", stage.segmenter_config, cut)
+    stops("no weights", stage.segmenter_names, cut)
     (cut / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    stops("is a resnet, not a Mask2Former", stage.segmenter_config, cut)
+    stops("is a resnet, not a Mask2Former", stage.segmenter_names, cut)
     (cut / "config.json").unlink()
-    stops("config.json", stage.segmenter_config, cut)
+    stops("config.json", stage.segmenter_names, cut)
+
+
+def test_settings_of_a_segmenter_belong_to_its_revision(world, tmp_path):
+    folder = tmp_path / "segmenter"
+    shutil.copytree(world / "tests/toy_segmenter", folder)
+    names, revision = stage.segmenter_names(folder)
+    assert stage.segmenter_names(world / "tests/toy_segmenter") == (names, revision)
+    colours = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours | {"image_mean": [0.0, 0.0, 0.0]}))
+    assert stage.segmenter_names(folder)[1] != revision
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours | {"image_mean": "grey"}))
+    stops("cannot be loaded", stage.load_segmenter, folder, "cpu")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"1": "Road"}}))
+    stops("is a folder without the config.json of a model", stage.segmenter_names, folder)
 
 
 def stops(says, function, *args):

@@ -262,7 +262,7 @@ def test_digest_tells_labels_apart(tmp_path):
      "cell 0.5, expected 0.3"),
     (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"], "bev": [0]}, out / "bev_gt/a.pt"),
      "other key frames"),
-    (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01 or 02: run 01"),
+    (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01, 02 or 03: run 01"),
 ])
 def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     config = PRESETS["toy"]

@@ -118,6 +118,8 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"a.png": good | {"ego_T_cam": [*camera().tolist()[:3], [0, 0, 0, 2]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": camera().inverse().tolist()}}, "rigid ego_T_cam with z > 0"),
             ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"K": [[9, 9, 8], [9, 9, 4], [0, 0, 1]]}}, "a.png has no camera matrix"),
+            ({"a.png": good | {"K": [[10 ** 400, 0, 8], [0, 9, 4], [0, 0, 1]]}}, "a.png has no camera matrix"),
             ({"small.png": good}, "small.png has 100 x 80 pixels, and the centre of its K lies outside")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
         if rig is not None:
