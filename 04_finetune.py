@@ -71,6 +71,8 @@ if __name__ == "__main__":
     train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
     model = initial_model(args, config, path).to(DEVICE)
+    if args.init.endswith(".pt") and not args.consensus.get("target"):
+        sys.exit(f"error: {args.init} is no checkpoint of 03_pretrain.py: give one, scratch, or a released BEVFormer")
     rest = {}
     if args.consensus.get("target") in ("consensus", "painted") and not args.labelled_only:
         rest = {scene: Path(args.init).with_suffix("") / f"{scene}.pt" for scene in train if scene not in args.scenes}

@@ -56,7 +56,7 @@ def parse_args():
     parser.add_argument("--animate", nargs="+", default=(), metavar="CHECKPOINT",
                         help="also draw one key frame under each of these checkpoints, as a moving picture")
     parser.add_argument("--images", help="folder with an image of each camera of a rig of one's own: predict, no score")
-    parser.add_argument("--calibration", metavar="FILE.json", help="what these cameras are, see read_rig")
+    parser.add_argument("--calibration", metavar="FILE.json", help="their K and ego_T_cam (README: Your own cameras)")
     return parser.parse_args()
 
 
@@ -149,12 +149,12 @@ def paint(classes):
 
 
 def camera_block(images, classes):
-    """Class colours laid over cameras, background left as it is, three a row: RGB (rows * h, 3w, 3) uint8, GROUND where
+    """Class colours laid over cameras, background left as it is, three a row: RGB (rows * h, 3w, 3) uint8, PAPER where
     no camera is left. images (N, 3, h, w), classes (N, h, w)."""
     images, strength = images.permute(0, 2, 3, 1).cpu(), classes.cpu().unsqueeze(-1)
     strength = torch.where(strength == IGNORE, 0.5, torch.where(strength == 0, 0.0, 0.75))  # (N, h, w, 1)
     tiles = list(((1 - strength) * images + strength * paint(classes)).byte())  # (h, w, 3) each
-    tiles += [torch.tensor(GROUND, dtype=torch.uint8).expand_as(tiles[0])] * (-len(tiles) % 3)
+    tiles += [torch.tensor(PAPER, dtype=torch.uint8).expand_as(tiles[0])] * (-len(tiles) % 3)
     return torch.cat([torch.cat(tiles[k:k + 3], 1) for k in range(0, len(tiles), 3)], 0)
 
 
@@ -182,15 +182,18 @@ def contact_sheet(frame, logits, grid, title="prediction", place=""):
     images, K, ego_T_cam = frame["image"][0], frame["K"], frame["ego_T_cam"]
     rendered, valid = render(logits, K, ego_T_cam, images.shape[-2:], grid)
     predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
+    # From left to right; cameras of one's own as they are given.
+    order = [CAMERAS.index(view) for view in VIEWS] if "label" in frame else list(range(len(images)))
+    images, predicted = images[order], predicted[order]
     prediction = logits[0].argmax(0)  # (H, W)
     if "bev" not in frame:
         blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
         dark = (3 - 2 * seen_ground(frame, grid).byte()).unsqueeze(-1).cpu()  # (H, W, 1): 3 where no camera sees
         legend = {"dark: seen by no camera": tuple(c // 3 for c in GROUND), "car, pointing ahead": PAPER}
         return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
-    order, truth = [CAMERAS.index(view) for view in VIEWS], frame["bev"][0]
-    blocks = {f"cameras with pseudo-labels{place}": camera_block(images[order], frame["label"][0, order]),
-              "cameras with the prediction, rendered": camera_block(images[order], predicted[order])}
+    truth = frame["bev"][0]
+    blocks = {f"cameras with pseudo-labels{place}": camera_block(images, frame["label"][0, order]),
+              "cameras with the prediction, rendered": camera_block(images, predicted)}
     maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
 
@@ -271,16 +274,20 @@ def read_rig(folder, calibration, config):
 def predict_rig(args, model):
     """Predict and draw one moment of one's own cameras: out/eval/rig.png and rig.pt."""
     frame, nearest = read_rig(args.images, args.calibration, model.config)
+    seen = seen_ground(frame, model.config.grid).cpu()
+    if not seen.any():
+        sys.exit(f"error: {args.calibration}: no camera sees any ground of the map: give as the columns of ego_T_cam "
+                 "where a camera's x (right), y (down) and z (ahead) point, in the ego frame")
     model.camera = torch.nn.Parameter(model.camera[nearest])
     with torch.no_grad():
         logits, _ = model(frame["image"], frame["K"], frame["ego_T_cam"])
     folder, sheet = Path(args.out) / "eval", contact_sheet(frame, logits, model.config.grid)
     with whole_file(folder / "rig.png") as file:
         sheet.save(file, "PNG")
-    bev, seen = logits[0].argmax(0).byte().cpu(), seen_ground(frame, model.config.grid).cpu()
-    save_pt({"bev": bev, "probability": logits[0].softmax(0).cpu(), "seen": seen}, folder / "rig.pt")
+    bev, probability = logits[0].argmax(0).byte().cpu(), logits[0].softmax(0).cpu()
+    save_pt({"bev": bev, "probability": probability, "seen": seen}, folder / "rig.pt")
     wide = torch.rad2deg(2 * torch.atan(model.config.image_size[1] / 2 / frame["K"][0, :, 0, 0]))  # (N,)
-    print(f"{folder}/rig.png and rig.pt written: {len(nearest)} cameras, taken for "
+    print(f"{folder}/rig.png and rig.pt written; cameras: {len(nearest)}, taken for "
           + ", ".join(f"{CAMERAS[n]} ({degrees:.0f} degrees wide)" for n, degrees in zip(nearest, wide)))
 
 

@@ -172,7 +172,7 @@ def measure(out, store, rows):
             bar.update(steps_of(row))
 
     jobs = sorted(jobs.items(), key=lambda job: -sum(map(steps_of, job[1])))
-    bar = tqdm(total=sum(steps_of(row) for _, chain in jobs for row in chain), unit="step", desc="claim")
+    bar = tqdm(total=sum(steps_of(row) for _, chain in jobs for row in chain), unit="step", desc="claim", mininterval=0)
     with bar, ThreadPoolExecutor(LANES) as pool:
         try:
             for done in as_completed([pool.submit(work, seed, chain) for (_, seed), chain in jobs]):

@@ -23,6 +23,22 @@ def test_an_empty_frame_is_right_and_a_missed_one_wrong():
     assert stage.quality_of(count_confusion(empty, divider)) == 0
 
 
+def test_cameras_are_laid_out_as_one_looks_around():
+    """Of a key frame, with a ground truth or without: from left to right, ahead above behind. Each camera shows its
+    number in CAMERAS; nothing is predicted but background, which is not painted over."""
+    images = torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(1, 6, 3, 144, 256)
+    K = torch.tensor([[200.0, 0, 128], [0, 200, 72], [0, 0, 1]]).expand(1, 6, 3, 3)
+    frame = {"image": images, "K": K, "ego_T_cam": torch.eye(4).expand(1, 6, 4, 4),  # they look up
+             "label": torch.zeros(1, 6, 144, 256, dtype=torch.uint8)}
+    logits, grid = torch.zeros(1, 4, 200, 100), Config().grid
+    names = [stage.CAMERAS[n] for n in (2, 0, 1, 4, 3, 5)]
+    assert names == ["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT"]
+    for bev in ({}, {"bev": torch.zeros(1, 200, 100, dtype=torch.uint8)}):
+        sheet = stage.contact_sheet(frame | bev, logits, grid)
+        places = [(256 * column + 128, 24 + 144 * row + 72) for row in (0, 1) for column in (0, 1, 2)]
+        assert [sheet.getpixel(place)[0] for place in places] == [2, 0, 1, 4, 3, 5]
+
+
 def test_error_map_says_what_was_missed_and_what_is_false():
     truth = torch.tensor([[0, 1, 1], [2, 0, IGNORE]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 1, 3], [0, 2, 1]])

@@ -101,6 +101,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--out", "out/splits.json"], "pretrain.pt cannot be written or locked (File exists)"),
     ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
+    ("04_finetune.py", ["--init", "out/finetune.pt", "--name", "b"], "out/finetune.pt is no checkpoint of 03_pretrain"),
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),

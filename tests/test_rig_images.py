@@ -79,7 +79,7 @@ def test_rigs_of_one_and_of_eight(network, yaws, names):
     write_rig(folder, torch.zeros(len(yaws), 3, 90, 160, dtype=torch.uint8), K, ego_T_cam)
     done = run(folder, *RIG)
     # 2 atan(80 / 200) = 43.6 degrees
-    says = f": {len(yaws)} cameras, taken for " + ", ".join(f"{name} (44 degrees wide)" for name in names) + "\n"
+    says = f"; cameras: {len(yaws)}, taken for " + ", ".join(f"{name} (44 degrees wide)" for name in names) + "\n"
     assert done.returncode == 0 and done.stdout.endswith(says), done.stderr + done.stdout
     assert Image.open(folder / "out/eval/rig.png").width >= 700
 
@@ -106,6 +106,8 @@ def test_bad_rigs_are_one_line(network, tmp_path):
     mirrored, nowhere = camera() * torch.tensor([-1.0, 1.0, 1.0, 1.0]), camera() + torch.nan * torch.eye(4)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     Image.new("RGB", (100, 80)).save(tmp_path / "small.png")  # K's centre is (128, 72)
+    Image.new("RGB", (256, 144)).save(tmp_path / "whole.png")
+    upward = torch.eye(4) + 1.5 * torch.eye(4).roll(1, 1) * torch.tensor([0.0, 0.0, 1.0, 0.0])[:, None]  # z = 1.5 m
     for rig, says in (
             (None, "rig.json is missing"), ("{", "rig.json is damaged"), ({}, "lists no 1 to 8 cameras"),
             ({str(n): good for n in range(9)}, "lists no 1 to 8 cameras"), ({"a.png": good}, "a.png cannot be read"),
@@ -120,6 +122,7 @@ def test_bad_rigs_are_one_line(network, tmp_path):
             ({"a.png": good | {"K": (-intrinsics()).tolist()}}, "a.png has no camera matrix"),
             ({"a.png": good | {"K": [[9, 9, 8], [9, 9, 4], [0, 0, 1]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"K": [[10 ** 400, 0, 8], [0, 9, 4], [0, 0, 1]]}}, "a.png has no camera matrix"),
+            ({"whole.png": good | {"ego_T_cam": upward.tolist()}}, "no camera sees any ground of the map"),
             ({"small.png": good}, "small.png has 100 x 80 pixels, and the centre of its K lies outside")):
         (tmp_path / "rig.json").unlink(missing_ok=True)
         if rig is not None:
