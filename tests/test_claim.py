@@ -8,7 +8,7 @@ import bench_claim
 import pytest
 import torch
 from bench_claim import (ABLATIONS, LONG, MAIN, ROWS, command_of, energy, hold_out, interval, points, summary,
-                         table, with_interval)
+                         table, tuned, with_interval)
 
 
 def test_interval_is_students():
@@ -92,6 +92,11 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     found = json.loads((tmp_path / "claim/results.json").read_text())
     assert len(trained) == len(set(trained)) == 2 * len(MAIN) and len(found) == 2 * len(MAIN) + 1
     assert found[f"{LONG}, seed 1"]["seconds"] == 1450 and found["pretraining + 10%, seed 0"]["seconds"] == 1700
+
+    rows = {"first": ROWS["pretraining"], "second": tuned(0.5, 130, "first"), "third": tuned(0.1, 120, "first")}
+    trained.clear()
+    bench_claim.measure(tmp_path, rows, dict.fromkeys(rows, 1))  # a lane for each row would train the first one twice
+    assert len(trained) == 3
 
 
 def test_a_stage_that_fails_ends_the_measurement_with_its_own_words(tmp_path):
