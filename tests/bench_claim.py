@@ -2,7 +2,7 @@
 
     python tests/toyworld.py && python 01_pseudolabel.py && python 02_bev_gt.py
     python tests/bench_claim.py --seeds 5                # the main rows
-    python tests/bench_claim.py --quick                  # one seed, the main rows, in twenty minutes
+    python tests/bench_claim.py --quick                  # one seed, the main rows, in 20 to 25 minutes
     python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
     python tests/bench_claim.py --ablations --seeds 2    # what each part adds
 
