@@ -14,13 +14,10 @@ Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], t
 Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.
 """
 import argparse
-import os
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from urllib.request import getproxies
 
 import numpy as np
 import torch
@@ -78,11 +75,6 @@ def parse_args():
 def segmenter_names(name):
     """The checkpoint's label names and its revision: the hub's commit, or a hash of a folder's files."""
     folder = Path(name)
-    if not folder.is_dir() and not getproxies() and "HF_ENDPOINT" not in os.environ:  # a mirror of the hub
-        try:
-            socket.create_connection(("huggingface.co", 443), timeout=5).close()
-        except OSError:  # the hub's client would retry for half a minute; offline it looks in its cache at once
-            os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers  # here, as it takes seconds, which --help need not wait for
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

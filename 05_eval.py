@@ -1,6 +1,9 @@
 """Stage 05: score a checkpoint against the BEV ground truth, and draw what it sees.
 
-Scenes are run frame by frame in their order, the BEV features of one frame being the history of the next.
+Scenes are run frame by frame in their order, and what the last frames have seen is remembered. With `--memory map`, the
+default, the maps that they have predicted are averaged with that of the current one; with `--memory bev`, as in
+BEVFormer, the BEV features of one frame are the history of the next.
+
 `--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV by inverse
 perspective mapping.
 
@@ -27,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import PRESETS, count_confusion, iou, load_checkpoint, step
+from model import PRESETS, count_confusion, iou, load_checkpoint, remember, step
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames,
                        cells_in_cameras, claim, join_ranks, lift, read_json, read_splits, render, save_json, save_pt,
                        sum_over_ranks, watched, whole_file)
@@ -52,6 +55,8 @@ def parse_args():
     parser.add_argument("--split", default="val", choices=(*SPLITS, *sum(SPLITS.values(), ())),
                         help="which scenes; official stands for val, geo for geo_val")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of the artifacts, for --checkpoint ipm")
+    parser.add_argument("--memory", default="map", choices=("map", "bev", "none"),
+                        help="of the last key frames: their predicted maps, or BEV features as in BEVFormer")
     parser.add_argument("--pictures", type=int, default=3, help="how many key frames to draw, from best to worst")
     parser.add_argument("--animate", nargs="+", default=(), metavar="CHECKPOINT",
                         help="also draw one key frame under each of these checkpoints, as a moving picture")
@@ -73,13 +78,19 @@ def inverse_perspective(frame, grid):
     return scores
 
 
-def predict(frames, model, config, scenes):
-    """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers)."""
-    bev = pose = None
+def predict(frames, model, config, scenes, memory="map"):
+    """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers).
+    memory: see --memory; model: None for `ipm`."""
+    bev, pose, past = None, None, []
     for index in (i for i, (scene, _) in enumerate(frames.samples) if scene in scenes):
         frame = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([frames[index]]).items()}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
-        logits, bev = step(model, frame, bev, pose) if model else (inverse_perspective(frame, config.grid), None)
+        if model:
+            logits, bev = step(model, frame, bev if memory == "bev" else None, pose)
+        else:
+            logits = inverse_perspective(frame, config.grid).clamp(min=1e-6).log()
+        if memory == "map":
+            logits = remember(past, logits, frame, config.grid)
         pose = frame["world_T_ego"]
         yield index, frame, logits
 
@@ -91,7 +102,7 @@ def conditions_of(description):
 
 
 @watched()
-def evaluate(frames, model, config):
+def evaluate(frames, model, config, memory="map"):
     """Score every key frame; the scenes are shared out among all processes.
 
     Returns {"all" | "0-10" | ... | "day" | ...: cells (classes, classes) of each [ground truth, prediction]}, the same
@@ -103,7 +114,7 @@ def evaluate(frames, model, config):
     by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
     quality = torch.zeros(len(frames), device=DEVICE)
     own = range(RANK, len(frames.scenes), RANKS)
-    for index, frame, logits in tqdm(predict(frames, model, config, own), desc="eval", unit="frame",
+    for index, frame, logits in tqdm(predict(frames, model, config, own, memory), desc="eval", unit="frame",
                                      total=-(-len(frames) // RANKS), disable=RANK > 0):
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
         counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
@@ -132,10 +143,11 @@ def from_best_to_worst(quality, pictures):
 
 
 @torch.no_grad()
-def draw_sheet(frames, model, config, index, title):
+def draw_sheet(frames, model, config, index, title, memory):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
     scene, t = frames.samples[index]
-    frame, logits = next((frame, out) for i, frame, out in predict(frames, model, config, (scene,)) if i == index)
+    run = predict(frames, model, config, (scene,), memory)
+    frame, logits = next((frame, logits) for i, frame, logits in run if i == index)
     score = quality_of(count_confusion(logits.argmax(1), frame["bev"]))
     place = f", {frames.scenes[scene]['scene']}, key frame {t}"
     return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}", place)
@@ -363,9 +375,10 @@ if __name__ == "__main__":
                 old.unlink()
     args.pictures = min(args.pictures, len(frames))
     with torch.no_grad():
-        confusion, by_ring, quality = evaluate(frames, model, config)
+        confusion, by_ring, quality = evaluate(frames, model, config, args.memory)
     scores = {key: iou(counts) for key, counts in confusion.items() if counts.sum()}
-    metrics = {"checkpoint": args.checkpoint, "split": args.split, "num_samples": len(frames), **scores["all"],
+    metrics = {"checkpoint": args.checkpoint, "split": args.split, "memory": args.memory,
+               "num_samples": len(frames), **scores["all"],
                "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS},
                "confusion": confusion["all"].tolist()}
@@ -376,13 +389,14 @@ if __name__ == "__main__":
             figure.savefig(file, format="png")
     for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
         if k % RANKS == RANK:
-            sheet = draw_sheet(frames, model, config, index, "prediction")
+            sheet = draw_sheet(frames, model, config, index, "prediction", args.memory)
             with whole_file(folder / f"sample_{k}.png") as file:
                 sheet.save(file, "PNG")
     if args.animate and RANK == 0:
         median, = from_best_to_worst(quality, 1)
         first, *others = (
-            draw_sheet(frames, model.to(DEVICE).eval(), config, median, f"{Path(name).stem[:12]}, step {known['step']}")
+            draw_sheet(frames, model.to(DEVICE).eval(), config, median, f"{Path(name).stem[:12]}, step {known['step']}",
+                       args.memory)
             for name, (known, model) in zip(args.animate, animated))
         shown = [1500] * len(others) + [4000]  # ms
         with whole_file(folder / "animation.webp") as file:

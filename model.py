@@ -218,6 +218,10 @@ class Encoder(nn.Module):
 
 # ---------------------------------------------------------------- the network
 
+NEAR = 10.0  # m; ground that is farther from the car is known less well
+REMEMBERED = 10  # key frames (5 s): then the car has left what they have seen from near by
+
+
 class BEVSegmenter(nn.Module):
     """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top."""
 
@@ -303,6 +307,25 @@ def step(model, frame, bev, world_T_previous):
     if bev is not None:
         bev, _ = warp(bev, relative_pose(world_T_previous, frame["world_T_ego"]), model.config.grid)
     return model(frame["image"], frame["K"], frame["ego_T_cam"], bev, frame["linked"])
+
+
+def remember(past, logits, frame, grid):
+    """What this key frame and the last ones say together: the mean of their class probabilities for the same ground.
+
+    A map is sharp near the car: up to NEAR all count alike, farther away ever less. So the road behind, which no camera
+    will see better again, stays as it was seen from near by. logits (1, classes, H, W) come from this frame alone; past
+    lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)] of the drive, and this frame joins
+    it. Each is carried here in one step: a map that is handed on from frame to frame is blurred by each of them.
+    Returns log probabilities (1, classes, H, W).
+    """
+    weight = 1 / (1 + (grid.centres(logits).norm(dim=-1) / NEAR) ** 8)  # (H, W)
+    if not frame["linked"].item():
+        past.clear()
+    now = torch.cat((logits.softmax(1) * weight, weight[None, None]), 1)  # (1, classes + 1, H, W)
+    past.append((now, frame["world_T_ego"]))
+    del past[:-REMEMBERED]
+    total = sum(warp(then, relative_pose(pose, frame["world_T_ego"]), grid)[0] for then, pose in past)
+    return (total[:, :-1] / total[:, -1:]).clamp(min=1e-6).log()
 
 
 # ---------------------------------------------------------------- released BEVFormer weights
@@ -442,8 +465,7 @@ def initial_model(args, config, path):
             model.load_backbone_weights()
         return model
     if known and not Path(args.init).exists():
-        args.init_digest, args.seen = known.get("init_digest"), known.get("seen", [])
-        args.consensus = known.get("consensus", {})
+        args.init_digest, args.seen, args.consensus = (known[key] for key in ("init_digest", "seen", "consensus"))
         return model
     if args.init.endswith(".pth"):
         content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
@@ -463,7 +485,7 @@ def initial_model(args, config, path):
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again with the same flags, it goes on from there")
         splits = read_splits(args.out, *SPLITS[args.split])
-        args.seen = checkpoint["args"].get("seen", splits["train"])  # older checkpoints know no other split
+        args.seen = checkpoint["args"]["seen"]
         args.consensus = {flag: checkpoint["args"].get(flag) for flag in CONSENSUS_FLAGS}
         if leak := [scene for side in SPLITS[args.split][1:] for scene in splits[side] if scene in args.seen]:
             sys.exit(f"error: {args.init} was trained on {len(leak)} scenes that --split {args.split} holds out, e.g. "

@@ -141,9 +141,12 @@ def result(out, store, row, seed):
             name = checkpoint.relative_to(out).with_suffix("")
             seconds += run(script, "--out", out, "--name", name, "--seed", seed, "--bf16", *flags)
         with SCORING:
-            run("05_eval.py", "--out", out, "--checkpoint", checkpoint, "--pictures", 0)
-            metrics = json.loads((Path(out) / "eval/metrics.json").read_text())
-            new = {"command": command, "seconds": round(seconds, 1), "miou": metrics["miou"], "iou": metrics["iou"]}
+            metrics = {}
+            for memory in ("bev", "map"):
+                run("05_eval.py", "--out", out, "--checkpoint", checkpoint, "--memory", memory, "--pictures", 0)
+                metrics[memory] = json.loads((Path(out) / "eval/metrics.json").read_text())
+            new = {"command": command, "seconds": round(seconds, 1), "miou": metrics["map"]["miou"],
+                   "iou": metrics["map"]["iou"], "bev_memory": metrics["bev"]["miou"]}
             if row in ABLATIONS:
                 new |= sharpness(out, checkpoint)
             known = known_results(out) | {key: new}  # others may be new, too
@@ -196,7 +199,8 @@ def checkpoint_of(out, row, seed):
 
 
 def sharpness(out, checkpoint):
-    """What a temporal loss is for, and what it costs, on the val scenes. All are 0 for a map without lines.
+    """What a temporal loss is for, and what it costs, on the val scenes, with the memory that it trains: `bev`. All are
+    0 for a map without lines.
 
     edges: sum of squared differences of class probabilities between neighbouring cells, over that of the truth (1: as
     sharp); width: expected cells of divider and boundary over those of the truth; flicker: mean difference (1/2 L1) of
@@ -209,7 +213,7 @@ def sharpness(out, checkpoint):
     frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
     edges, truth_edges, width, truth_width, moved, places, before = 0, 0, 0, 0, 0, 0, None
     with torch.no_grad():
-        for _, frame, logits in stage.predict(frames, model, model.config, range(len(frames.scenes))):
+        for _, frame, logits in stage.predict(frames, model, model.config, range(len(frames.scenes)), "bev"):
             p, truth = logits.softmax(1), stage.one_hot(frame["bev"])  # (1, classes, H, W) each
             edges, truth_edges = edges + energy(p), truth_edges + energy(truth)
             width, truth_width = width + p[:, (1, 3)].sum(), truth_width + truth[:, (1, 3)].sum()
@@ -256,7 +260,8 @@ def median_seconds(row):
 
 
 def table(out, store, rows, extra=()):
-    """Measure the rows, {row: number of seeds}, and print them as a table. Returns {row: results}."""
+    """Measure the rows, {row: number of seeds}, and print them as a table; `extra`: more keys of the results, as
+    columns. Returns {row: results}."""
     measure(out, store, rows)
     found = {row: [result(out, store, row, seed) for seed in range(seeds)] for row, seeds in rows.items()}
     print("\nmean ± half of the 95% interval\n"
@@ -266,7 +271,7 @@ def table(out, store, rows, extra=()):
         cells = [[r["iou"][name] for r in results] for name in ("divider", "ped_crossing", "boundary")]
         cells = [with_interval(v) for v in (*cells, [r["miou"] for r in results])]
         cells += [with_interval([r["seconds"] for r in results], 0)]
-        cells += [with_interval([r[name] for r in results], 2) for name in extra]
+        cells += [with_interval([r[name] for r in results]) for name in extra]
         print(f"| {row} | {len(results)} | {' | '.join(cells)} |")
     return found
 
@@ -345,12 +350,12 @@ def main(args):
                    for steps in (SUPERVISED // 2, SUPERVISED, 2 * SUPERVISED)}
         table(hold_out(args.out), lengths, dict.fromkeys(lengths, args.seeds))
     elif args.ablations:
-        table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), ("edges", "width", "flicker"))
+        table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), ("bev_memory", "edges", "width", "flicker"))
     else:
         rows = {"ipm": 1} | dict.fromkeys(MAIN, 1 if args.quick else args.seeds)
         if not args.quick:
             rows |= {row: 1 for row in ROWS if row not in rows}
-        found = table(args.out, ROWS, rows)
+        found = table(args.out, ROWS, rows, ("bev_memory",))
         picture(found, Path(args.out) / "claim/claim.png")
         print(json.dumps(summary(found)))
 

@@ -76,8 +76,9 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     def run(script, *words):
         words = list(map(str, words))
         if script == "05_eval.py":
+            miou = {"map": 0.5, "bev": 0.4}[words[words.index("--memory") + 1]]
             (tmp_path / "eval").mkdir(exist_ok=True)
-            (tmp_path / "eval/metrics.json").write_text(json.dumps({"miou": 0.5, "iou": {}}))
+            (tmp_path / "eval/metrics.json").write_text(json.dumps({"miou": miou, "iou": {}}))
             return 0
         if "--init" in words and "scratch" not in words:
             assert words[words.index("--init") + 1] in trained
@@ -91,6 +92,7 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     bench_claim.measure(tmp_path, ROWS, {"ipm": 1} | dict.fromkeys(MAIN, 2))
     found = json.loads((tmp_path / "claim/results.json").read_text())
     assert len(trained) == len(set(trained)) == 2 * len(MAIN) and len(found) == 2 * len(MAIN) + 1
+    assert found["ipm, seed 0"]["miou"] == 0.5 and found["ipm, seed 0"]["bev_memory"] == 0.4
     assert found[f"{LONG}, seed 1"]["seconds"] == 1450 and found["pretraining + 10%, seed 0"]["seconds"] == 1700
 
     rows = {"first": ROWS["pretraining"], "second": tuned(0.5, 130, "first"), "third": tuned(0.1, 120, "first")}

@@ -3,7 +3,7 @@ import importlib
 
 import torch
 
-from model import Config, count_confusion, iou
+from model import REMEMBERED, Config, count_confusion, iou, remember
 from reproject import IGNORE
 
 stage = importlib.import_module("05_eval")
@@ -37,6 +37,65 @@ def test_cameras_are_laid_out_as_one_looks_around():
         sheet = stage.contact_sheet(frame | bev, logits, grid)
         places = [(256 * column + 128, 24 + 144 * row + 72) for row in (0, 1) for column in (0, 1, 2)]
         assert [sheet.getpixel(place)[0] for place in places] == [2, 0, 1, 4, 3, 5]
+
+
+def drive(metres, linked=True):
+    """A key frame of a car that looks along the world's y axis and has gone so far along it."""
+    pose = torch.tensor([[0.0, -1, 0, 700], [1, 0, 0, 400 + metres], [0, 0, 1, 0], [0, 0, 0, 1]]).double()
+    return {"world_T_ego": pose[None], "linked": torch.tensor([linked])}
+
+
+def certain(cells=()):
+    """Logits of a map that is background but for the cells (row, column) of a crossing, as good as certain of both."""
+    logits = torch.zeros(1, 4, 200, 100)
+    logits[:, 0] = 30
+    for row, column in cells:
+        logits[0, :, row, column] = torch.tensor([0.0, 0, 30, 0])
+    return logits
+
+
+def test_memory_keeps_what_was_seen_from_near_by():
+    """A crossing 1.95 m ahead and 3.15 m to the left of the car (row 93, column 39 of cells of 0.3 m) that it no longer
+    sees when it has gone 6 m or 18 m on. By hand: a frame's word for ground at a distance of d metres has the weight
+    1 / (1 + (d / 10)^8), and the distances are 3.705, 5.131 and 16.356 m."""
+    grid = Config().grid
+    for metres, row, share in ((6, 113, 0.99965 / (0.99965 + 0.99522)), (18, 153, 0.99965 / (0.99965 + 0.01915))):
+        past = []
+        alone = remember(past, certain([(93, 39)]), drive(0), grid).exp()
+        assert alone[0, 2, 93, 39] > 0.999 and (alone[0, 2] > 0.01).sum() == 1
+        both = remember(past, certain(), drive(metres), grid).exp()
+        assert abs(both[0, 2, row, 39].item() - share) < 1e-4 and (both[0, 2] > 0.01).sum() == 1
+        torch.testing.assert_close(both.sum(1), torch.ones(1, 200, 100), atol=1e-4, rtol=0)
+    past = []
+    remember(past, certain([(46, 49)]), drive(0), grid)
+    assert remember(past, certain(), drive(12), grid).exp()[0, 2, 86, 49] < 0.03  # near by, there was nothing
+
+
+def test_memory_ends_with_the_drive_and_after_five_seconds():
+    grid, past = Config().grid, []
+    remember(past, certain([(93, 39)]), drive(0), grid)
+    for still in range(REMEMBERED - 1):
+        share = remember(past, certain(), drive(0), grid).exp()[0, 2, 93, 39].item()
+        assert abs(share - 1 / (still + 2)) < 1e-3
+    assert remember(past, certain(), drive(0), grid).exp()[0, 2, 93, 39] < 1e-3 and len(past) == REMEMBERED
+    past = []
+    remember(past, certain([(93, 39)]), drive(0), grid)
+    assert remember(past, certain(), drive(0, linked=False), grid).exp()[0, 2, 93, 39] < 1e-3 and len(past) == 1
+
+
+def test_what_is_handed_on_from_frame_to_frame(monkeypatch):
+    """A network that sees a crossing in the first of two frames: of what has it a memory in the second one?"""
+    first, second = drive(0, linked=False), drive(6)
+    frames = [{"image": torch.zeros(1), "K": torch.zeros(1), "ego_T_cam": torch.zeros(1), "linked": frame["linked"],
+               "world_T_ego": frame["world_T_ego"]} for frame in (first, second)]
+    frames = type("Frames", (list,), {"samples": [(0, 0), (0, 1)]})(frames)
+    maps, asked = [certain([(93, 39)]), certain()], []
+    monkeypatch.setattr(stage, "step", lambda _, frame, bev, pose: (maps[len(asked)], asked.append(bev) or "features"))
+    for memory, given, share in (("none", None, 0), ("bev", "features", 0), ("map", None, 0.501)):
+        asked.clear()
+        *_, (index, _, logits) = stage.predict(frames, "network", Config(), [0], memory)
+        assert index == 1 and asked == [None, given]
+        assert abs(logits.softmax(1)[0, 2, 113, 39].item() - share) < 1e-3
 
 
 def test_error_map_says_what_was_missed_and_what_is_false():
