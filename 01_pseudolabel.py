@@ -14,6 +14,7 @@ Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], t
 Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.
 """
 import argparse
+import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -77,6 +78,7 @@ def segmenter_names(name):
     folder = Path(name)
     import transformers  # here, as it takes seconds, which --help need not wait for
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it would tell of each of its tries
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
@@ -191,9 +193,8 @@ def views_between(nusc, now, after, sweeps):
         between.append(there)
     n, chosen = min(sweeps, *map(len, between)), []
     for first, last, there in zip(now, after, between):
-        times = [first["timestamp"] + (k + 1) / (n + 1) * (last["timestamp"] - first["timestamp"]) for k in range(n)]
         chosen.append([])
-        for wanted in times:
+        for wanted in np.linspace(first["timestamp"], last["timestamp"], n + 2)[1:-1]:
             chosen[-1].append(min(there, key=lambda data: abs(data["timestamp"] - wanted)))
             there.remove(chosen[-1][-1])
     return [(records[0]["timestamp"], levelled(pose_of(nusc, records[0])), records) for records in zip(*chosen)]
@@ -202,10 +203,7 @@ def views_between(nusc, now, after, sweeps):
 def read_scene(nusc, scene, image_size, sweeps=0):
     """Everything about a scene that the tables know, as it goes into its file, and the image paths, views x 6: those
     of the key frames, then those of `sweeps` more views (views_between) from each key frame to the next one."""
-    samples, paths = key_frames(nusc, scene), []
-    frames = {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
-              "description": scene["description"], "token": [sample["token"] for sample in samples],
-              "timestamp": [], "K": [], "ego_T_cam": [], "world_T_ego": []}
+    samples, K, ego_T_cam, paths = key_frames(nusc, scene), [], [], []
     views = [(sample["timestamp"], world_from_ego(nusc, sample),
               [recorded(nusc, sample, camera) for camera in CAMERAS]) for sample in samples]
     if sweeps:
@@ -214,23 +212,23 @@ def read_scene(nusc, scene, image_size, sweeps=0):
         if len(views) == len(samples) > 1:
             sys.exit(f"error: {nusc.table_root}/sample_data.json has no images between the key frames of "
                      f"{scene['name']}: use --sweeps 0")
-    for timestamp, world_T_ego, records in views:
+    for _, world_T_ego, records in views:
         for data in records:
             sensor = look_up(nusc, "calibrated_sensor", data["calibrated_sensor_token"])
             # The car has moved on since the time of the view: that of LIDAR_TOP, or between key frames of CAM_FRONT.
-            frames["ego_T_cam"].append(torch.linalg.inv(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
+            ego_T_cam.append(torch.linalg.inv(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
             if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) < 1:
                 sys.exit(f"error: {nusc.table_root} gives {data['filename']} no size or focal length: unpack it again")
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
-            frames["K"].append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
+            K.append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
             paths.append(Path(nusc.dataroot) / data["filename"])
-        frames["timestamp"].append(timestamp)
-        frames["world_T_ego"].append(world_T_ego)
-    frames["timestamp"] = torch.tensor(frames["timestamp"])
-    frames["world_T_ego"] = torch.stack(frames["world_T_ego"])
-    for key in ("K", "ego_T_cam"):
-        frames[key] = torch.stack(frames[key]).float().unflatten(0, (-1, len(CAMERAS)))
+    timestamps, poses, _ = zip(*views)
+    frames = {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
+              "description": scene["description"], "token": [sample["token"] for sample in samples],
+              "timestamp": torch.tensor(timestamps), "world_T_ego": torch.stack(poses),
+              "K": torch.stack(K).float().unflatten(0, (-1, len(CAMERAS))),
+              "ego_T_cam": torch.stack(ego_T_cam).float().unflatten(0, (-1, len(CAMERAS)))}
     return frames, paths
 
 
@@ -293,9 +291,8 @@ if __name__ == "__main__":
     # Each worker takes a batch all the way. PyTorch's own threads would only fight with the workers for the cores.
     torch.set_num_threads(1)
     keep_freed_memory()
-    label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), membership=membership,
-                    segmenter_size=args.segmenter_size, image_size=config.image_size,
-                    min_confidence=args.min_confidence)
+    label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), image_size=config.image_size,
+                    membership=membership, segmenter_size=args.segmenter_size, min_confidence=args.min_confidence)
     total = sum(T + args.sweeps * (T - 1) for T in (scene["nbr_samples"] for scene, _ in todo)) * len(CAMERAS)
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image", position=RANK) as progress:
         for scene, meta in todo:
@@ -304,9 +301,8 @@ if __name__ == "__main__":
             for batch in pool.map(label, [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]):
                 labelled += batch
                 progress.update(len(batch))
-            images, labels = zip(*labelled)
-            images = images[:len(frames["token"]) * len(CAMERAS)]  # of the other views, only the labels are used
-            for key, flat in (("image", images), ("label", labels)):  # (views * 6) -> views x 6
+            for key, flat in zip(("image", "label"), zip(*labelled)):  # (views * 6) -> views x 6
                 frames[key] = [list(flat[i:i + len(CAMERAS)]) for i in range(0, len(flat), len(CAMERAS))]
+            del frames["image"][len(frames["token"]):]  # of the other views, only the labels are used
             save_pt({"meta": meta, **frames}, folder / f"{scene['name']}.pt")
     print(f"wrote {folder}: {len(todo)} scenes")

@@ -125,12 +125,9 @@ def draw_lines(ends, value, shape, reach):
     length2 = np.maximum(dx ** 2 + dy ** 2, 1e-12)
     share = (x * (dx / length2) + y * (dy / length2)).clip(0, 1)  # (S, n, n), of the way from a to b
     hit = (x - share * dx) ** 2 + (y - share * dy) ** 2 <= reach ** 2
-    wide = shape[1] + 2 * n  # squares may reach n cells over the rim
-    drawn = np.zeros((shape[0] + 2 * n, wide), np.uint8)
-    square = np.add.outer(np.arange(n, dtype=np.int32) * wide, np.arange(n, dtype=np.int32))  # (n, n)
-    cell = ((first[:, 0] + n) * wide + first[:, 1] + n)[:, None, None] + square  # (S, n, n)
-    found = np.flatnonzero(hit)
-    drawn.ravel()[cell.ravel()[found]] = value[found // n ** 2]
+    drawn = np.zeros((shape[0] + 2 * n, shape[1] + 2 * n), np.uint8)  # squares may reach n cells over the rim
+    piece, row, column = np.unravel_index(np.flatnonzero(hit), hit.shape)  # (P,) each, of the hits
+    drawn[first[piece, 0] + n + row, first[piece, 1] + n + column] = value[piece]
     return drawn[n:n + shape[0], n:n + shape[1]]
 
 
@@ -149,9 +146,7 @@ def fill_rings(points, ring, shape):
     column = np.ceil(cut - 0.5).clip(0, shape[1]).astype(int)  # the first cell whose centre lies beyond the edge
     windings = np.zeros((shape[0], shape[1] + 1), np.int8)
     np.add.at(windings, (row, column), np.sign(along[:, 0]).astype(np.int8))
-    crossed = slice(row.min(initial=shape[0]), row.max(initial=0) + 1)
-    windings[crossed] = windings[crossed].cumsum(1, dtype=np.int8)
-    return windings[:, :-1] != 0
+    return windings.cumsum(1, dtype=np.int8)[:, :-1] != 0
 
 
 def rasterise(road_map, world_T_ego, grid, line_width):
@@ -172,8 +167,7 @@ def rasterise(road_map, world_T_ego, grid, line_width):
     ends = to_cells(shapely.get_coordinates(np.concatenate([near[name] for name in lines]))).reshape(-1, 2, 2)
     value = np.repeat([CLASSES.index(name) for name in lines], [len(near[name]) for name in lines])
     drawn = draw_lines(ends, value, grid.shape, margin / grid.cell)
-    np.copyto(bev, drawn, where=drawn > 0)
-    return bev
+    return np.where(drawn > 0, drawn, bev)
 
 
 def rasterise_scene(road_map, config, scene):
@@ -241,33 +235,31 @@ if __name__ == "__main__":
         sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
 
     # What there is to do: every RANKS-th scene, but those whose file is there already.
-    todo, digests, tracks = {}, {}, {}  # location -> scenes, location -> its map's fingerprint, scene -> (T, 2) m
+    todo, digests, tracks = {}, {}, {}  # map file -> scenes, map file -> its fingerprint, scene -> (T, 2) m
     for number, scene in enumerate(nusc.scene):
         location = look_up(nusc, "log", scene["log_token"])["location"]
-        if location not in digests:
-            path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
+        path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
+        if path not in digests:
             if not path.is_file():
                 sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
-            digests[location] = fingerprint(path.read_bytes())
+            digests[path] = fingerprint(path.read_bytes())
         samples = key_frames(nusc, scene)
-        meta = make_meta(config, {"version": args.version, "map": digests[location], "drive": drive_of(nusc, samples)})
+        meta = make_meta(config, {"version": args.version, "map": digests[path], "drive": drive_of(nusc, samples)})
         tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
-        tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(digests).index(location), 0)  # a far place each
+        tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(digests).index(path), 0)  # a far place each
         if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens,
                                                       f"delete {folder} or use another --out"):
-            todo.setdefault(location, []).append((meta, scene["name"], tokens, poses))
+            todo.setdefault(path, []).append((meta, scene["name"], tokens, poses))
     del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
 
     keep_freed_memory()
     # Location by location, as joining up its roads takes seconds; for the workers it is milliseconds a frame then.
     with watched(), tqdm(total=sum(map(len, todo.values())), unit="scene", disable=not todo or RANK > 0) as progress:
-        for location, scenes in todo.items():
-            road_map = read_map(Path(args.dataroot) / "maps" / "expansion" / f"{location}.json")
-            draw = partial(rasterise_scene, road_map, config)
+        for path, scenes in todo.items():
+            draw = partial(rasterise_scene, read_map(path), config)
             # A DataLoader as a pool of processes: it hands out the scenes one by one, and each worker draws its own.
             for content in torch.utils.data.DataLoader(scenes, None, num_workers=args.workers, collate_fn=draw):
-                content["bev"] = torch.from_numpy(content["bev"])
-                save_pt(content, folder / f"{content['scene']}.pt")
+                save_pt(content | {"bev": torch.from_numpy(content["bev"])}, folder / f"{content['scene']}.pt")
                 progress.update()
     if RANK:
         sys.exit()

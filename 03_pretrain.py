@@ -260,11 +260,10 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     there: a sharp line does, and one that is a cell aside; one that comes or goes does not.
     """
     pose, K, ego_T_cam = batch["world_T_ego"], batch["K"], batch["ego_T_cam"]
-    prev_T_cur = relative_pose(pose[:, -2], pose[:, -1])
     seen = [cells_in_cameras(K[:, t], ego_T_cam[:, t], batch["label"].shape[-2:], grid)[1].any(1) for t in (-2, -1)]
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
     last = torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1)  # (B, classes + 1, H, W)
-    carried, _ = warp(last, prev_T_cur, grid)
+    carried, _ = warp(last, relative_pose(pose[:, -2], pose[:, -1]), grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     now, then = logits.float().softmax(1), carried[:, :-1]  # (B, classes, H, W) each
     low, high = (then, then) if smear else (-F.max_pool2d(-then, 3, 1, 1), F.max_pool2d(then, 3, 1, 1))

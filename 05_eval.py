@@ -78,6 +78,7 @@ def inverse_perspective(frame, grid):
     return scores
 
 
+@torch.no_grad()
 def predict(frames, model, config, scenes, memory="map"):
     """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers).
     memory: see --memory; model: None for `ipm`."""
@@ -95,12 +96,6 @@ def predict(frames, model, config, scenes, memory="map"):
         yield index, frame, logits
 
 
-def conditions_of(description):
-    """Which of the CONDITIONS, a list, a scene's description in nuScenes names; one that names none is of day."""
-    found = [word for word in CONDITIONS[1:] if re.search(rf"\b{word}\b", description.lower())]
-    return found or ["day"]
-
-
 @watched()
 def evaluate(frames, model, config, memory="map"):
     """Score every key frame; the scenes are shared out among all processes.
@@ -108,8 +103,7 @@ def evaluate(frames, model, config, memory="map"):
     Returns {"all" | "0-10" | ... | "day" | ...: cells (classes, classes) of each [ground truth, prediction]}, the same
     of each ring around the car (rings, classes, classes), and the mIoU of each key frame (frames,).
     """
-    distance = config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1)  # (H, W) m
-    ring = (distance / RING).long()  # (H, W)
+    ring = (config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1) / RING).long()  # (H, W): each cell's
     by_ring = torch.zeros(ring.max() + 1, NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=DEVICE)
     by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
     quality = torch.zeros(len(frames), device=DEVICE)
@@ -120,7 +114,9 @@ def evaluate(frames, model, config, memory="map"):
         counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
                               for k in range(len(by_ring))])  # (rings, classes, classes)
         by_ring += counts
-        for key in conditions_of(frames.scenes[frames.samples[index][0]]["description"]):
+        description = frames.scenes[frames.samples[index][0]]["description"].lower()
+        named = [word for word in CONDITIONS[1:] if re.search(rf"\b{word}\b", description)]
+        for key in named or ["day"]:
             by_condition[key] += counts.sum(0)
         quality[index] = quality_of(counts.sum(0))
     by_ring, quality = (sum_over_ranks(x).cpu() for x in (by_ring, quality))
@@ -142,7 +138,6 @@ def from_best_to_worst(quality, pictures):
     return [ranked[round(place)] for place in places.tolist()[:pictures]]
 
 
-@torch.no_grad()
 def draw_sheet(frames, model, config, index, title, memory):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
     scene, t = frames.samples[index]
@@ -191,21 +186,19 @@ def seen_ground(frame, grid):
 def contact_sheet(frame, logits, grid, title="prediction", place=""):
     """One key frame on one page. frame: a batch of one, without "bev" there is nothing to compare it with;
     logits (1, classes, H, W); title: of the predicted map; place: which key frame, for the title of its cameras."""
-    images, K, ego_T_cam = frame["image"][0], frame["K"], frame["ego_T_cam"]
-    rendered, valid = render(logits, K, ego_T_cam, images.shape[-2:], grid)
-    predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
     # From left to right; cameras of one's own as they are given.
-    order = [CAMERAS.index(view) for view in VIEWS] if "label" in frame else list(range(len(images)))
-    images, predicted = images[order], predicted[order]
+    order = [CAMERAS.index(view) for view in VIEWS] if "label" in frame else list(range(frame["image"].shape[1]))
+    images = frame["image"][0, order]  # (N, 3, h, w)
+    rendered, valid = render(logits, frame["K"][:, order], frame["ego_T_cam"][:, order], images.shape[-2:], grid)
+    predicted = torch.where(valid, rendered.argmax(2), 0)[0]  # (N, h, w)
     prediction = logits[0].argmax(0)  # (H, W)
+    blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
     if "bev" not in frame:
-        blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
         dark = (3 - 2 * seen_ground(frame, grid).byte()).unsqueeze(-1).cpu()  # (H, W, 1): 3 where no camera sees
         legend = {"dark: seen by no camera": tuple(c // 3 for c in GROUND), "car, pointing ahead": PAPER}
         return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
     truth = frame["bev"][0]
-    blocks = {f"cameras with pseudo-labels{place}": camera_block(images, frame["label"][0, order]),
-              "cameras with the prediction, rendered": camera_block(images, predicted)}
+    blocks = {f"cameras with pseudo-labels{place}": camera_block(images, frame["label"][0, order]), **blocks}
     maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
 
@@ -252,16 +245,15 @@ def read_rig(folder, calibration, config):
     rig = read_json(calibration, remedy)
     if not isinstance(rig, dict) or not 1 <= len(rig) <= 8:
         sys.exit(f"error: {calibration} lists no 1 to 8 cameras: {remedy}")
-    images, K, ego_T_cam = [], [], []
+    views, (h, w) = [], config.image_size
     for name, camera in rig.items():
         try:
-            K.append(torch.tensor(camera["K"], dtype=torch.float32))
-            ego_T_cam.append(torch.tensor(camera["ego_T_cam"], dtype=torch.float32))
-            R = ego_T_cam[-1][:3, :3]
-            if (K[-1].shape != (3, 3) or ego_T_cam[-1].shape != (4, 4) or min(K[-1][0, 0], K[-1][1, 1]) <= 0
-                    or K[-1][2].tolist() != [0, 0, 1] or K[-1].det() <= 0 or ego_T_cam[-1][3].tolist() != [0, 0, 0, 1]
-                    or not all(matrix.isfinite().all() for matrix in (K[-1], ego_T_cam[-1]))
-                    or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0 or ego_T_cam[-1][2, 3] <= 0):
+            K, ego_T_cam = (torch.tensor(camera[key], dtype=torch.float32) for key in ("K", "ego_T_cam"))
+            R = ego_T_cam[:3, :3]
+            if (K.shape != (3, 3) or ego_T_cam.shape != (4, 4) or min(K[0, 0], K[1, 1]) <= 0 or K.det() <= 0
+                    or K[2].tolist() != [0, 0, 1] or ego_T_cam[3].tolist() != [0, 0, 0, 1] or ego_T_cam[2, 3] <= 0
+                    or not (K.isfinite().all() and ego_T_cam.isfinite().all())
+                    or not torch.allclose(R @ R.T, torch.eye(3), atol=1e-3) or R.det() < 0):
                 raise ValueError
         except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError):
             sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam with z > 0: {remedy}")
@@ -270,13 +262,13 @@ def read_rig(folder, calibration, config):
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             sys.exit(f"error: {Path(folder) / name} cannot be read ({error}): give the images that {calibration} names")
-        if not (0 < K[-1][0, 2] < image.width and 0 < K[-1][1, 2] < image.height):
+        if not (0 < K[0, 2] < image.width and 0 < K[1, 2] < image.height):
             sys.exit(f"error: {calibration}: {name} has {image.width} x {image.height} pixels, and the centre of its K "
                      "lies outside: give the K of the image as it is on disk")
-        h, w = config.image_size
-        K[-1] = torch.tensor((w / image.width, h / image.height, 1))[:, None] * K[-1]  # pixel centres lie at +0.5
-        images.append(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
-    frame = {"image": torch.stack(images), "K": torch.stack(K), "ego_T_cam": torch.stack(ego_T_cam)}
+        K = torch.tensor((w / image.width, h / image.height, 1))[:, None] * K  # pixel centres lie at +0.5
+        image = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        views.append({"image": image, "K": K, "ego_T_cam": ego_T_cam})
+    frame = torch.utils.data.default_collate(views)  # (N, ...) each
     ahead, left = frame["ego_T_cam"][:, :2, 2].unbind(1)  # the optical axes on the ground, (N,) each
     turn = torch.rad2deg(torch.atan2(left, ahead))[:, None] - torch.tensor(YAWS)  # (N, 6)
     nearest = ((turn + 180) % 360 - 180).abs().argmin(1)  # (N,)
@@ -321,15 +313,13 @@ def draw_distance(by_ring, title):
     return figure
 
 
-def print_table(title, confusion):
+def print_table(title, scores):
     """The IoU table, a line for the whole split, each range and each condition present."""
     print(f"{title}\n{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
-    for key, counts in confusion.items():
-        if counts.sum():
-            score = iou(counts)
-            cells = [*score["iou"].values(), score["miou"]]
-            print(f"{key + (' m' if '-' in key else ''):>10} "
-                  + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in cells))
+    for key, score in scores.items():
+        cells = [*score["iou"].values(), score["miou"]]
+        print(f"{key + (' m' if '-' in key else ''):>10} "
+              + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in cells))
 
 
 def print_confusion(confusion):
@@ -374,12 +364,10 @@ if __name__ == "__main__":
             for old in folder.glob(pattern):
                 old.unlink()
     args.pictures = min(args.pictures, len(frames))
-    with torch.no_grad():
-        confusion, by_ring, quality = evaluate(frames, model, config, args.memory)
+    confusion, by_ring, quality = evaluate(frames, model, config, args.memory)
     scores = {key: iou(counts) for key, counts in confusion.items() if counts.sum()}
-    metrics = {"checkpoint": args.checkpoint, "split": args.split, "memory": args.memory,
-               "num_samples": len(frames), **scores["all"],
-               "by_range": {key: scores[key] for key in scores if "-" in key},
+    metrics = {"checkpoint": args.checkpoint, "split": args.split, "memory": args.memory, "num_samples": len(frames),
+               **scores["all"], "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS},
                "confusion": confusion["all"].tolist()}
     if RANK == 0:
@@ -394,13 +382,12 @@ if __name__ == "__main__":
                 sheet.save(file, "PNG")
     if args.animate and RANK == 0:
         median, = from_best_to_worst(quality, 1)
-        first, *others = (
-            draw_sheet(frames, model.to(DEVICE).eval(), config, median, f"{Path(name).stem[:12]}, step {known['step']}",
-                       args.memory)
-            for name, (known, model) in zip(args.animate, animated))
+        first, *others = [draw_sheet(frames, model.to(DEVICE).eval(), config, median,
+                                     f"{Path(name).stem[:12]}, step {known['step']}", args.memory)
+                          for name, (known, model) in zip(args.animate, animated)]
         shown = [1500] * len(others) + [4000]  # ms
         with whole_file(folder / "animation.webp") as file:
             first.save(file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, quality=85)
     print(f"{folder}/metrics.json and {args.pictures} pictures written")
     print_confusion(confusion["all"])
-    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", confusion)
+    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", scores)

@@ -47,8 +47,7 @@ class Config:
     y_range: tuple[float, float] = (-15.0, 15.0)
     cell: float = 0.3
     line_width: float = 0.75  # m; dividers and boundaries as drawn in the ground truth (HDMapNet: 5 cells of 0.15 m)
-    # the images: (height, width) in pixels
-    image_size: tuple[int, int] = (144, 256)
+    image_size: tuple[int, int] = (144, 256)  # of the images: (height, width) in pixels
     # the backbone: a torchvision ResNet, the stages (1 to 4) that feed the FPN, its ImageNet weights in torchvision
     backbone: str = "resnet10"
     stages: tuple[int, ...] = (2, 3)
@@ -96,13 +95,11 @@ def init_guide(linear, heads, levels, points, group=1):
     query sees exactly the pixels that it projects to.
     """
     angle = torch.arange(heads) * (2 * math.pi / heads)
-    direction = torch.stack((angle.cos(), angle.sin()))
-    direction = direction / direction.abs().amax(0)  # (2, heads), on the unit square
-    steps = torch.arange(points) // group
-    offsets = (direction[:, :, None, None] * steps).expand(2, heads, levels, points)
+    direction = F.normalize(torch.stack((angle.cos(), angle.sin())), math.inf, 0)  # (2, heads), on the unit square
     nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
     with torch.no_grad():
-        linear.bias.copy_(torch.cat((offsets, torch.zeros(1, heads, levels, points))).flatten())
+        linear.bias.view(3, heads, levels, points)[:2] = direction[:, :, None, None] * (torch.arange(points) // group)
 
 
 class TemporalSelfAttention(nn.Module):
@@ -130,9 +127,8 @@ class TemporalSelfAttention(nn.Module):
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
         maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B or 2B
         # Which map is a sample's previous BEV, and which its current one: these are the last ones.
-        sample = torch.arange(B, dtype=torch.int32, device=query.device)
-        source = torch.stack((sample, len(maps) - B + sample), -1)  # (B, 2)
-        source = source.view(B, 1, 1, 2, 1).expand(B, Q, 1, 2, P).reshape(B * Q, 1, 2 * P)  # (B*Q, 1, 2*P)
+        sample = torch.arange(B, dtype=torch.int32, device=query.device).repeat_interleave(Q)  # (B*Q,)
+        source = torch.stack((sample, len(maps) - B + sample), -1).repeat_interleave(P, -1)[:, None]  # (B*Q, 1, 2*P)
         x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))  # (B*Q, M, 2*P)
         return query + self.output(deformable_attention(maps, x, y, weights, source).view(B, Q, C))  # (B, Q, C)
 
@@ -149,8 +145,7 @@ class SpatialCrossAttention(nn.Module):
 
     def forward(self, query, features, hits):
         """query (B, Q, C); features: (B*N, h, w, C) a level; hits: see reproject.pillars_in_cameras. -> (B, Q, C)"""
-        B, Q, C = query.shape
-        camera, of_query, anchors = hits  # (R,), (R,), (R, Z, 2)
+        (B, Q, C), (camera, of_query, anchors) = query.shape, hits  # hits: (R,), (R,), (R, Z, 2)
         (R, Z, _), M, L, P = anchors.shape, self.M, self.L, self.P
         guide = self.guide(query).flatten(0, 1).index_select(0, of_query).to(anchors)  # (R, 3*M*L*P)
         x, y, weights = guide.view(R, 3, M, L, P // Z, Z).unbind(1)  # (R, M, L, P/Z, Z) each
@@ -217,10 +212,6 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------- the network
-
-NEAR = 10.0  # m; ground that is farther from the car is known less well
-REMEMBERED = 10  # key frames (5 s): then the car has left what they have seen from near by
-
 
 class BEVSegmenter(nn.Module):
     """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top."""
@@ -307,6 +298,10 @@ def step(model, frame, bev, world_T_previous):
     if bev is not None:
         bev, _ = warp(bev, relative_pose(world_T_previous, frame["world_T_ego"]), model.config.grid)
     return model(frame["image"], frame["K"], frame["ego_T_cam"], bev, frame["linked"])
+
+
+NEAR = 10.0  # m; ground that is farther from the car is known less well
+REMEMBERED = 10  # key frames (5 s): then the car has left what they have seen from near by
 
 
 def remember(past, logits, frame, grid):
@@ -471,9 +466,8 @@ def initial_model(args, config, path):
         content = load_pt(args.init, "give the path of a released BEVFormer checkpoint")
         try:
             report = load_official(model, content.get("state_dict", content))
-            for name in report["left"]:
-                if not name.startswith(("refine", "classify", "image_head")):
-                    raise ValueError(f"nothing in it is our {name}")
+            if missing := [key for key in report["left"] if not key.startswith(("refine", "classify", "image_head"))]:
+                raise ValueError(f"nothing in it is our {missing[0]}")
         except (AttributeError, TypeError, ValueError) as error:
             sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
         print("{}: {} parameters used, {} of the detector ignored; left at their start: {}".format(
@@ -581,8 +575,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     loss_of = LossOf(model, loss_fn)
     if RANKS > 1:  # not all parameters take part in every loss; the statistics of BatchNorm are the same everywhere
         loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True, broadcast_buffers=False)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=Path(path).stem, unit="step",
-               disable=RANK > 0)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=path.stem, unit="step", disable=RANK > 0)
     model.train()
     waited, saved, began = 0, time.time(), time.time()
     for i in bar:
@@ -592,8 +585,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             asked = time.time()
             batch = next(batches)
             waited += time.time() - asked
-            batch = {k: v.to(DEVICE) for k, v in batch.items()}
-            batch["progress"] = i / args.steps
+            batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
             batch_parts.append(batch)
             alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
             with (loss_of.no_sync() if alone else nullcontext()):
@@ -642,8 +634,7 @@ def draw_sample(model, data, path, step):
     """Draw what the network makes of the first sample, as a map and rendered over its cameras: <name>_sample.png."""
     stage = importlib.import_module("05_eval")  # not at the top, as it imports this file
     model.eval()
-    with torch.no_grad():
-        _, frame, logits = next(stage.predict(data, model, model.config, (0,)))
+    _, frame, logits = next(stage.predict(data, model, model.config, (0,)))
     model.train()
     frame.pop("bev", None)  # with it the sheet would call the consensus ground truth
     sheet = stage.contact_sheet(frame, logits, model.config.grid, f"map, step {step}")
@@ -661,8 +652,7 @@ def save_checkpoint(model, optimizer, args, curve, path):
 
 
 def resume(model, optimizer, args, path):
-    """Load a half-done run. Returns its step, or 0, and its losses, a dict a step. Stops where `path` was trained with
-    other settings."""
+    """Load a half-done run; other settings are refused. Returns its step, or 0, and its losses, a dict a step."""
     if not Path(path).exists():
         return 0, []
     remedy = "delete it or choose another --name"

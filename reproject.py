@@ -14,8 +14,7 @@ Places and directions, stated once:
 The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is intersected with the
 ground and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp`
 carries a BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to.
-`Frames` is the data set that stages 03 to 05 read. At the end is what the training stages share besides the network:
-the order of the samples, the learning rate, the check of flags.
+`Frames` is the data set that stages 03 to 05 read. At the end is what the training stages share besides the network.
 """
 import atexit
 import contextlib
@@ -125,8 +124,7 @@ class Grid:
     @property
     def shape(self):
         """(H, W): cells along x, cells along y."""
-        return (round((self.x_range[1] - self.x_range[0]) / self.cell),
-                round((self.y_range[1] - self.y_range[0]) / self.cell))
+        return tuple(round((high - low) / self.cell) for low, high in (self.x_range, self.y_range))
 
     def centres(self, like, shape=None):
         """Cell centres (H, W, 2) as (x, y) in metres, with dtype and device of the tensor `like`; `shape` asks for
@@ -180,17 +178,14 @@ def pixels_to_ground(K, ego_T_cam, image_size):
     K (..., 3, 3), ego_T_cam (..., 4, 4), image_size (h, w) -> points (..., h, w, 2) as ego (x, y) in metres, and the
     distance (..., h, w) from the camera's foot in metres, inf where the ray does not meet the ground ahead.
     """
-    h, w = image_size
-    v, u = torch.meshgrid(torch.arange(h, device=K.device) + 0.5, torch.arange(w, device=K.device) + 0.5, indexing="ij")
+    v, u = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in image_size), indexing="ij")
     pixels = torch.stack((u, v, torch.ones_like(u)), -1).to(K.dtype)  # (h, w, 3)
-    K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., :3, 3]
+    K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., None, None, :3, 3]  # t (..., 1, 1, 3)
     img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
     rays_ego = (img_to_ego[..., None, None, :, :] * pixels[..., None, :]).sum(-1)  # (..., h, w, 3)
-    t = t[..., None, None, :]  # (..., 1, 1, 3)
-    downward = rays_ego[..., 2] < 0
     scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)  # (..., h, w)
     step = scale[..., None] * rays_ego[..., :2]  # (..., h, w, 2), from the camera's foot to the ground point
-    distance = torch.where(downward & (scale > 0), step.norm(dim=-1), torch.inf)
+    distance = torch.where((rays_ego[..., 2] < 0) & (scale > 0), step.norm(dim=-1), torch.inf)
     return t[..., :2] + step, distance
 
 
@@ -203,17 +198,15 @@ def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
     camera's foot. Returns logits (B, N, C, h, w) and valid (B, N, h, w) bool: False above the horizon, behind the
     camera, outside the grid and beyond max_range. Paper: the differentiable reprojection of its section on pretraining.
     """
-    B, N = K.shape[:2]
-    C, (h, w) = bev_logits.shape[1], image_size
+    (B, N), (h, w) = K.shape[:2], image_size
     with torch.autocast(bev_logits.device.type, enabled=False):
         xy_ego, distance = pixels_to_ground(K, ego_T_cam, image_size)  # (B, N, h, w, 2), (B, N, h, w)
         where = grid.normalise(xy_ego)
         valid = (distance <= max_range) & (distance < torch.inf) & (where.abs() <= 1).all(-1)
         where = where.nan_to_num().clamp(-2, 2).view(B, N * h, w, 2)
-        bev_logits = bev_logits.to(where.dtype)
         # Border padding only matters in the outermost half cell; zeros would mix "no evidence" into it.
-        image = F.grid_sample(bev_logits, where, padding_mode="border", align_corners=False)  # (B, C, N*h, w)
-    return image.view(B, C, N, h, w).transpose(1, 2), valid  # (B, N, C, h, w)
+        image = F.grid_sample(bev_logits.to(where.dtype), where, padding_mode="border", align_corners=False)
+    return image.unflatten(2, (N, h)).transpose(1, 2), valid  # (B, C, N*h, w) -> (B, N, C, h, w)
 
 
 def cells_in_cameras(K, ego_T_cam, image_size, grid):
@@ -269,8 +262,7 @@ def warp(bev, prev_T_cur, grid):
     """
     with torch.autocast(bev.device.type, enabled=False):
         pts_cur = F.pad(grid.centres(prev_T_cur, bev.shape[-2:]), (0, 1))  # (H, W, 3)
-        xy_prev = transform(prev_T_cur[:, None, None], pts_cur)[..., :2]  # (B, H, W, 2)
-        where = grid.normalise(xy_prev)  # (B, H, W, 2)
+        where = grid.normalise(transform(prev_T_cur[:, None, None], pts_cur)[..., :2])  # (B, H, W, 2)
         return F.grid_sample(bev.to(where.dtype), where, align_corners=False), (where.abs() <= 1).all(-1)
 
 
@@ -282,8 +274,7 @@ def corners(x, y, weights, source, height, width):
     x, y, weights (R, M, P); source (R, 1, P or 1) int32. Returns, each (R, M, P, 4), the rows (map, pixel, head) of
     the value table, int32, and the shares. Pixels outside the map have share 0; their row may not be in the table.
     """
-    M = x.shape[1]
-    sides = []
+    M, sides = x.shape[1], []
     for position, size in ((x, width), (y, height)):
         # Pixel centres become whole numbers; far outside is all the same, and so are the places of a diverged network.
         position = (position - 0.5).nan_to_num(-1.0).clamp(-1, size)
@@ -315,14 +306,14 @@ class DeformableAttention(torch.autograd.Function):
         (h, w, M, D), values = maps.shape[1:], maps.view(-1, maps.shape[-1])
         index, share = corners(x, y, weights, source, h, w)
         index = index.view(-1, 4 * x.shape[2]).clamp(0, len(values) - 1)  # (R*M, P*4)
-        return F.embedding_bag(index, values, per_sample_weights=share.view_as(index), mode="sum")  # (R*M, D)
+        return F.embedding_bag(index, values, per_sample_weights=share.view_as(index), mode="sum").view(len(x), M * D)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         maps, x, y, weights, source = ctx.saved_tensors
         (h, w, M, D), P = maps.shape[1:], x.shape[2]
-        grad, values = grad.contiguous(), maps.view(-1, D)  # (R*M, D), (S*h*w*M, D)
+        grad, values = grad.contiguous().view(-1, D), maps.view(-1, D)  # (R*M, D), (S*h*w*M, D)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (x, y, weights)]
             index, share = corners(*leaves, source, h, w)
@@ -366,8 +357,7 @@ def deformable_attention(maps, x, y, weights, source):
     corner; weights (R, M, P); source (R, 1, P or 1) int32: which map a point reads. A sample outside its map is zero.
     Queries of all cameras and of all samples of a batch are rows of one list: nothing is padded, nothing is looped.
     """
-    mixed = DeformableAttention.apply(maps.contiguous().to(x.dtype), x, y, weights, source)  # (R*M, D)
-    return mixed.view(len(x), mixed.shape[1] * x.shape[1])  # (R, M*D)
+    return DeformableAttention.apply(maps.contiguous().to(x.dtype), x, y, weights, source)
 
 
 # ---------------------------------------------------------------- nuScenes tables (stages 01 and 02)
@@ -382,11 +372,9 @@ def pose_matrix(record):
 
 def levelled(world_T_ego):
     """The same place and heading without roll and pitch: our ego frame stands upright on the ground."""
-    c, s = F.normalize(world_T_ego[:2, 0], dim=0)  # where the car's x axis points, seen from above
-    level = torch.eye(4, dtype=torch.float64)
-    level[:2, :2] = torch.stack((torch.stack((c, -s)), torch.stack((s, c))))
-    level[:3, 3] = world_T_ego[:3, 3]
-    return level
+    c, s = F.normalize(world_T_ego[:2, 0], dim=0).tolist()  # where the car's x axis points, seen from above
+    x, y, z = world_T_ego[:3, 3].tolist()
+    return torch.tensor([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, z], [0, 0, 0, 1]], dtype=torch.float64)
 
 
 def open_tables(NuScenes, dataroot, version):
@@ -644,13 +632,11 @@ class Frames(torch.utils.data.Dataset):
         index, mirrored, history = sample if isinstance(sample, tuple) else (sample, False, self.history)
         scene, now = self.samples[index]
         frames = self.scenes[scene]
-        times = torch.arange(now - history, now + 1)
-        times, previous = times.clamp(min=0), (times - 1).clamp(min=0)
-        gap = frames["timestamp"][times] - frames["timestamp"][previous]
-        linked = (times > 0) & (gap <= MAX_GAP * 1e6)  # time stamps are microseconds
+        times = torch.arange(now - history, now + 1).clamp(min=0)
+        gap = frames["timestamp"].diff(prepend=frames["timestamp"][:1])[times]  # microseconds since the frame before
+        linked = (times > 0) & (gap <= MAX_GAP * 1e6)
         item = {"image": torch.stack([self.decode(scene, t, "image").permute(0, 3, 1, 2) for t in times.tolist()]),
-                "label": self.decode(scene, now, "label"),
-                "linked": linked, "index": index}
+                "label": self.decode(scene, now, "label"), "linked": linked, "index": index}
         item |= {key: frames[key][times] for key in ("K", "ego_T_cam", "world_T_ego")}
         if "bev" in frames:
             item["bev"] = frames["bev"][now]
@@ -691,11 +677,8 @@ def mirror(item):
 
 def batch_samples(n, args, history, start):
     """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
-    history), the same samples a step for any number of ranks. (Of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
-    then 2 and 6 with --accumulate 2, rank 1 the others.)
-
-    A pure function of the step, so that going on is exact. Half of the samples are mirrored; HISTORY_SHARE of the
-    steps look back, the others see single frames.
+    history), the same samples a step for any number of ranks: of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
+    then 2 and 6 with --accumulate 2, rank 1 the others. A pure function of the step, so that going on is exact.
     """
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
@@ -731,8 +714,7 @@ def watched():
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker
-        sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: "
-                                      "use fewer --workers"))
+        sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: use fewer --workers"))
 
 
 def positive(text):
