@@ -77,9 +77,13 @@ def test_stages_leave_what_they_promise(world):
 
 
 def test_ipm_needs_no_checkpoint(world):
-    assert run("05_eval.py", "--checkpoint", "ipm", "--split", "train", cwd=world).strip()
-    metrics = json.loads((world / "out/eval/metrics.json").read_text())
-    assert metrics["checkpoint"] == "ipm" and 0.05 < metrics["miou"] < 0.9
+    scores = {}
+    for memory in ("map", "none"):
+        run("05_eval.py", "--checkpoint", "ipm", "--split", "train", "--memory", memory, cwd=world)
+        metrics = json.loads((world / "out/eval/metrics.json").read_text())
+        assert metrics["checkpoint"] == "ipm" and metrics["memory"] == memory and 0.05 < metrics["miou"] < 0.9
+        scores[memory] = metrics["confusion"]
+    assert scores["map"] != scores["none"]
 
 
 def test_finished_stages_do_nothing(world):
