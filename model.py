@@ -479,7 +479,7 @@ def initial_model(args, config, path):
             sys.exit(f"error: {args.init} stopped at step {checkpoint['step']} of {checkpoint['args']['steps']}: "
                      "run 03_pretrain.py again with the same flags, it goes on from there")
         splits = read_splits(args.out, *SPLITS[args.split])
-        args.seen = checkpoint["args"]["seen"]
+        args.seen = checkpoint["args"].get("seen", splits["train"])
         args.consensus = {flag: checkpoint["args"].get(flag) for flag in CONSENSUS_FLAGS}
         if leak := [scene for side in SPLITS[args.split][1:] for scene in splits[side] if scene in args.seen]:
             sys.exit(f"error: {args.init} was trained on {len(leak)} scenes that --split {args.split} holds out, e.g. "

@@ -59,7 +59,7 @@ def test_trials_never_see_the_val_scenes(tmp_path):
 
 def test_known_results_are_not_measured_again(tmp_path, capsys):
     (tmp_path / "claim").mkdir()
-    score = {"command": command_of(ROWS, "supervised 100%"), "seconds": 10.0, "miou": 0.4,
+    score = {"command": command_of(ROWS, "supervised 100%"), "seconds": 10.0, "miou": 0.4, "bev_memory": 0.3,
              "iou": {"divider": 0.3, "ped_crossing": 0.5, "boundary": 0.4}}
     known = {f"supervised 100%, seed {seed}": score | {"miou": 0.4 + seed / 10} for seed in range(2)}
     (tmp_path / "claim/results.json").write_text(json.dumps(known))

@@ -71,6 +71,16 @@ def test_memory_keeps_what_was_seen_from_near_by():
     assert remember(past, certain(), drive(12), grid).exp()[0, 2, 86, 49] < 0.03  # near by, there was nothing
 
 
+def test_memory_turns_with_the_car():
+    """What was 1.95 m ahead and 3.15 m to the left is 3.15 m ahead and 1.95 m to the right after a quarter turn to the
+    left on the spot: row 89, column 56."""
+    turned, past, grid = drive(0), [], Config().grid
+    turned["world_T_ego"][0, :2, :2] = -torch.eye(2)  # from the world's y axis to where x is negative
+    remember(past, certain([(93, 39)]), drive(0), grid)
+    both = remember(past, certain(), turned, grid).exp()
+    assert abs(both[0, 2, 89, 56].item() - 0.5) < 1e-4 and (both[0, 2] > 0.01).sum() == 1
+
+
 def test_memory_ends_with_the_drive_and_after_five_seconds():
     grid, past = Config().grid, []
     remember(past, certain([(93, 39)]), drive(0), grid)
