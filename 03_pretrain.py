@@ -41,8 +41,9 @@ MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do n
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "within": 5.0, "smear": 0.5}  # the usual weight of each form of the temporal loss
 STRAY = 2  # a cell between dashes is drawn where the walks from more line cells than this cross it
-# Thin classes: the longest gap in m that is no gap (dashes, parked cars); the shortest line (no stop line, no arrow).
-LINES = {"divider": (7.0, 6.0), "boundary": (3.0, 0.0)}
+# Thin classes: the longest gap in m that is no gap (parked cars, most dashes), the same between two dashes (in the US
+# 9 m are usual), the shortest line (no stop line, no arrow).
+LINES = {"divider": (7.0, 11.0, 6.0), "boundary": (3.0, 3.0, 0.0)}
 
 
 def parse_args():
@@ -156,8 +157,9 @@ def middle_of_lines(share):
     return row[highest], column[highest], direction[highest]
 
 
-def join_dashes(row, column, direction, shape, gap, shortest):
+def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
     """Go along the line from each of its cells; where it goes on within `gap` metres, what lies between belongs to it.
+    From a dash it may go on within `dash_gap` metres.
 
     The first arguments are as middle_of_lines returns them. Cells from which the line goes on for less than `shortest`
     metres, both ways together, are left out. Returns the cells of the joined lines (X, Y) bool.
@@ -166,12 +168,15 @@ def join_dashes(row, column, direction, shape, gap, shortest):
     line = torch.full(shape, nothing)
     line[row, column] = direction
     line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it (of two, the larger angle)
-    steps = torch.arange(1, round(gap / RASTER) + 1)
+    steps = torch.arange(1, round(dash_gap / RASTER) + 1)
     steps = torch.cat((-steps.flip(0), steps))  # back and ahead: (S,)
     x = (row[:, None] + steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, S)
     y = (column[:, None] + steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
     turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
     goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)  # 9 degrees
+    # A cell of a dash has less than 4 m of line in the 10 m around it. Where a solid line ends, there is more.
+    dash = (goes_on & (steps.abs() <= 5 / RASTER)).sum(1, keepdim=True) < 4 / RASTER  # (P, 1)
+    goes_on &= dash | (steps.abs() <= round(gap / RASTER))
     first, last = (goes_on * steps).aminmax(dim=1, keepdim=True)  # (P, 1) each; 0: nowhere
     long = last - first >= shortest / RASTER
     between = (steps >= first) & (steps <= last) & long  # (P, S)

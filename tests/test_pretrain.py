@@ -274,6 +274,22 @@ def test_a_stop_line_is_no_divider():
         assert kerb[20:20 + cells, 10].sum() == cells and kerb.sum() <= cells + 2
 
 
+def test_dashes_are_joined_across_nine_metres_and_solid_lines_are_not():
+    """As in the US: 10 feet of paint, 30 feet without, here 21 and 61 cells. Then a solid line that ends before a
+    junction and begins anew behind it, as far away."""
+    def joined(*runs):
+        row = torch.cat([torch.arange(*run) for run in runs])
+        line = stage.join_dashes(row, torch.full_like(row, 10), torch.zeros(len(row)), (400, 20),
+                                 *stage.LINES["divider"])
+        assert line[:, 10].sum() == line.sum()
+        return line[:, 10]
+
+    dashes = joined((20, 41), (102, 123), (184, 205))
+    assert dashes[20:205].all() and dashes.sum() <= 187
+    solid = joined((20, 120), (181, 281))
+    assert solid[20:120].all() and solid[181:281].all() and solid.sum() <= 204  # a cell at each end
+
+
 def test_the_slope_of_the_ground_is_found():
     """Cameras that look down by 1.5 degrees more than they say: the crossing, x = 20 to 23, comes out too far ahead,
     unless that is found."""
