@@ -41,6 +41,7 @@ CORES = len(os.sched_getaffinity(0))
 LANES = min(2, CORES) if DEVICE == "cpu" else 1  # commands at a time; on one GPU, two would slow each other down
 SCORING = threading.Lock()  # 05 writes to one place, and so do the results
 SUPERVISED = 2400  # steps; in its favour: on held-out train scenes 1,200 do as well, on val 4,800 do no better
+MEMORIES = ("none", "bev")  # of 05: mIoU with them, beside that with the default, `map`
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
 
 
@@ -128,7 +129,7 @@ def known_results(out):
 def result(out, store, row, seed):
     """Train and score one row with one seed, or look it up. Returns {"seconds", "iou", "miou", ...}."""
     known, key, command = known_results(out), f"{row}, seed {seed}", command_of(store, row)
-    if known.get(key, {}).get("command") != command or "bev_memory" not in known[key]:  # of before there were two
+    if known.get(key, {}).get("command") != command:
         checkpoint, seconds = "ipm", 0
         if row != "ipm":
             script, flags, start = store[row]
@@ -141,12 +142,13 @@ def result(out, store, row, seed):
             name = checkpoint.relative_to(out).with_suffix("")
             seconds += run(script, "--out", out, "--name", name, "--seed", seed, "--bf16", *flags)
         with SCORING:
-            metrics = {}
-            for memory in ("bev", "map"):
+            scores = {}
+            for memory in (*MEMORIES, "map"):
                 run("05_eval.py", "--out", out, "--checkpoint", checkpoint, "--memory", memory, "--pictures", 0)
-                metrics[memory] = json.loads((Path(out) / "eval/metrics.json").read_text())
-            new = {"command": command, "seconds": round(seconds, 1), "miou": metrics["map"]["miou"],
-                   "iou": metrics["map"]["iou"], "bev_memory": metrics["bev"]["miou"]}
+                scores[memory] = json.loads((Path(out) / "eval/metrics.json").read_text())
+            new = {"command": command, "seconds": round(seconds, 1), "miou": scores["map"]["miou"],
+                   "iou": scores["map"]["iou"], **{memory: scores[memory]["miou"] for memory in MEMORIES},
+                   **{f"{ring} m": score["miou"] for ring, score in scores["map"]["by_range"].items()}}
             if row in ABLATIONS:
                 new |= sharpness(out, checkpoint)
             known = known_results(out) | {key: new}  # others may be new, too
@@ -348,14 +350,14 @@ def main(args):
     if args.length:
         lengths = {f"supervised 100%, {steps} steps": supervised(steps)
                    for steps in (SUPERVISED // 2, SUPERVISED, 2 * SUPERVISED)}
-        table(hold_out(args.out), lengths, dict.fromkeys(lengths, args.seeds))
+        table(hold_out(args.out), lengths, dict.fromkeys(lengths, args.seeds), MEMORIES)
     elif args.ablations:
-        table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), ("bev_memory", "edges", "width", "flicker"))
+        table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), (*MEMORIES, "edges", "width", "flicker"))
     else:
         rows = {"ipm": 1} | dict.fromkeys(MAIN, 1 if args.quick else args.seeds)
         if not args.quick:
             rows |= {row: 1 for row in ROWS if row not in rows}
-        found = table(args.out, ROWS, rows, ("bev_memory",))
+        found = table(args.out, ROWS, rows, (*MEMORIES, "0-10 m", "10-20 m", "20-30 m"))
         picture(found, Path(args.out) / "claim/claim.png")
         print(json.dumps(summary(found)))
 

@@ -59,7 +59,7 @@ def test_trials_never_see_the_val_scenes(tmp_path):
 
 def test_known_results_are_not_measured_again(tmp_path, capsys):
     (tmp_path / "claim").mkdir()
-    score = {"command": command_of(ROWS, "supervised 100%"), "seconds": 10.0, "miou": 0.4, "bev_memory": 0.3,
+    score = {"command": command_of(ROWS, "supervised 100%"), "seconds": 10.0, "miou": 0.4, "none": 0.3,
              "iou": {"divider": 0.3, "ped_crossing": 0.5, "boundary": 0.4}}
     known = {f"supervised 100%, seed {seed}": score | {"miou": 0.4 + seed / 10} for seed in range(2)}
     (tmp_path / "claim/results.json").write_text(json.dumps(known))
@@ -76,9 +76,10 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     def run(script, *words):
         words = list(map(str, words))
         if script == "05_eval.py":
-            miou = {"map": 0.5, "bev": 0.4}[words[words.index("--memory") + 1]]
+            miou = {"map": 0.5, "bev": 0.4, "none": 0.3}[words[words.index("--memory") + 1]]
             (tmp_path / "eval").mkdir(exist_ok=True)
-            (tmp_path / "eval/metrics.json").write_text(json.dumps({"miou": miou, "iou": {}}))
+            metrics = {"miou": miou, "iou": {}, "by_range": {"0-10": {"miou": miou + 0.1}}}
+            (tmp_path / "eval/metrics.json").write_text(json.dumps(metrics))
             return 0
         if "--init" in words and "scratch" not in words:
             assert words[words.index("--init") + 1] in trained
@@ -92,7 +93,7 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     bench_claim.measure(tmp_path, ROWS, {"ipm": 1} | dict.fromkeys(MAIN, 2))
     found = json.loads((tmp_path / "claim/results.json").read_text())
     assert len(trained) == len(set(trained)) == 2 * len(MAIN) and len(found) == 2 * len(MAIN) + 1
-    assert found["ipm, seed 0"]["miou"] == 0.5 and found["ipm, seed 0"]["bev_memory"] == 0.4
+    assert [found["ipm, seed 0"][key] for key in ("miou", "bev", "none", "0-10 m")] == [0.5, 0.4, 0.3, 0.6]
     assert found[f"{LONG}, seed 1"]["seconds"] == 1450 and found["pretraining + 10%, seed 0"]["seconds"] == 1700
 
     rows = {"first": ROWS["pretraining"], "second": tuned(0.5, 130, "first"), "third": tuned(0.1, 120, "first")}
