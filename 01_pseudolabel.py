@@ -193,10 +193,8 @@ def views_between(nusc, now, after, sweeps):
         between.append(there)
     n, chosen = min(sweeps, *map(len, between)), []
     for first, last, there in zip(now, after, between):
-        chosen.append([])
-        for wanted in np.linspace(first["timestamp"], last["timestamp"], n + 2)[1:-1]:
-            chosen[-1].append(min(there, key=lambda data: abs(data["timestamp"] - wanted)))
-            there.remove(chosen[-1][-1])
+        times = np.linspace(first["timestamp"], last["timestamp"], n + 2)[1:-1]
+        chosen.append([there.pop(np.argmin([abs(data["timestamp"] - time) for data in there])) for time in times])
     return [(records[0]["timestamp"], levelled(pose_of(nusc, records[0])), records) for records in zip(*chosen)]
 
 

@@ -228,7 +228,7 @@ if __name__ == "__main__":
     if args.workers < 0:
         sys.exit("error: --workers is at least 0")
 
-    config, out, folder = PRESETS[args.preset], Path(args.out), Path(args.out) / "bev_gt"
+    config, folder, listing = PRESETS[args.preset], Path(args.out) / "bev_gt", Path(args.out) / "splits.json"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
     split = official_splits([scene["name"] for scene in nusc.scene], args.version)
     if not split["train"] + split["val"]:
@@ -250,7 +250,7 @@ if __name__ == "__main__":
         if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens,
                                                       f"delete {folder} or use another --out"):
             todo.setdefault(path, []).append((meta, scene["name"], tokens, poses))
-    del nusc  # the tables of all of nuScenes take gigabytes, which the workers would inherit
+    del nusc.explorer, nusc  # it refers back to the tables: gigabytes, which the workers would inherit
 
     keep_freed_memory()
     # Location by location, as joining up its roads takes seconds; for the workers it is milliseconds a frame then.
@@ -268,9 +268,8 @@ if __name__ == "__main__":
     near = ", ".join(f"{side} {share_near(tracks, split[side], split[train]):.1%}"
                      for train, *others in SPLITS.values() for side in others)
     print(f"key frames within {NEAR:g} m of one to train on: {near}")
-    if todo or not (out / "splits.json").exists() or read_json(out / "splits.json", "delete it") != split:
-        save_json(split, out / "splits.json")
-        print(f"wrote {folder} and {out / 'splits.json'}: scenes: "
-              + ", ".join(f"{side} {len(names)}" for side, names in split.items()))
+    if todo or not listing.exists() or read_json(listing, "delete it") != split:
+        save_json(split, listing)
+        print(f"wrote {folder} and {listing}; scenes: {', '.join(f'{side} {len(split[side])}' for side in split)}")
     else:
-        print(f"{folder} and {out / 'splits.json'} are finished: nothing to do")
+        print(f"{folder} and {listing} are finished: nothing to do")

@@ -283,6 +283,8 @@ if __name__ == "__main__":
         args.temporal_weight = TEMPORAL[args.temporal]
     if args.margin < -1:
         sys.exit(f"error: --margin {args.margin}: give -1 or more")
+    if args.init != "scratch" and not args.init.endswith(".pth"):
+        sys.exit(f"error: --init {args.init}: give scratch or a released BEVFormer (.pth), as no BEV label may be seen")
     path = Path(args.out) / f"{args.name}.pt"
     lock = claim(path)
     join_ranks()
@@ -302,9 +304,8 @@ if __name__ == "__main__":
 
     def loss_fn(batch):
         logits, before = run_sequence(model, batch)
-        loss = (reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS) if args.target == "rendered" else
-                segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS))
-        parts = {args.target: loss}
+        parts = {args.target: reprojection_loss(logits, batch, config.grid, IMAGE_WEIGHTS)
+                 if args.target == "rendered" else segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)}
         if args.image:
             parts["image"] = image_loss(model, batch["label"])
         if args.temporal != "off" and before is not None:

@@ -15,15 +15,14 @@ Writes out/finetune.pt, every minute and at the end, and with it .previous.pt, .
     python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100
 """
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 
 import torch
 
 from model import PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, DEVICE, SPLITS, Frames, check_training, claim, join_ranks, not_negative, positive,
-                       read_splits)
+from reproject import (CLASS_WEIGHTS, DEVICE, SPLITS, Frames, check_training, claim, fingerprint, join_ranks,
+                       not_negative, positive, read_splits)
 
 
 def parse_args():
@@ -54,7 +53,7 @@ def choose_scenes(scenes, share):
     """The round(share * n) scenes, at least one, whose names have the smallest SHA-256."""
     if not 0 < share <= 1:
         sys.exit(f"error: --labels {share} is no share: give a number above 0 and at most 1")
-    ranked = sorted(scenes, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    ranked = sorted(scenes, key=fingerprint)
     return sorted(ranked[:max(1, round(share * len(scenes)))])
 
 
@@ -71,7 +70,7 @@ if __name__ == "__main__":
     train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
     model = initial_model(args, config, path).to(DEVICE)
-    if args.init.endswith(".pt") and not args.consensus.get("target"):
+    if args.init != "scratch" and not args.init.endswith(".pth") and not args.consensus.get("target"):
         sys.exit(f"error: {args.init} is no checkpoint of 03_pretrain.py: give one, scratch, or a released BEVFormer")
     rest = {}
     if args.consensus.get("target") in ("consensus", "painted") and not args.labelled_only:

@@ -71,11 +71,10 @@ def one_hot(label):
 
 
 def inverse_perspective(frame, grid):
-    """The pseudo-labels of one key frame lifted into BEV as scores (1, classes, H, W); unseen cells are background."""
+    """The pseudo-labels of one key frame, lifted into BEV as scores (1, classes, H, W). They are 0 where none is seen:
+    there it has no say in what `remember` averages, and where no frame has one, argmax takes background."""
     label = frame["label"]  # (1, N, h, w)
-    scores, seen = lift(one_hot(label), frame["K"], frame["ego_T_cam"], grid, weight=(label != IGNORE).float())
-    scores[:, 0] += ~seen
-    return scores
+    return lift(one_hot(label), frame["K"], frame["ego_T_cam"], grid, weight=(label != IGNORE).float())[0]
 
 
 @torch.no_grad()
@@ -114,8 +113,8 @@ def evaluate(frames, model, config, memory="map"):
         counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
                               for k in range(len(by_ring))])  # (rings, classes, classes)
         by_ring += counts
-        description = frames.scenes[frames.samples[index][0]]["description"].lower()
-        named = [word for word in CONDITIONS[1:] if re.search(rf"\b{word}\b", description)]
+        words = re.findall(r"\w+", frames.scenes[frames.samples[index][0]]["description"].lower())
+        named = [word for word in CONDITIONS[1:] if word in words]
         for key in named or ["day"]:
             by_condition[key] += counts.sum(0)
         quality[index] = quality_of(counts.sum(0))
@@ -194,7 +193,7 @@ def contact_sheet(frame, logits, grid, title="prediction", place=""):
     prediction = logits[0].argmax(0)  # (H, W)
     blocks = {"cameras with the prediction, rendered": camera_block(images, predicted)}
     if "bev" not in frame:
-        dark = (3 - 2 * seen_ground(frame, grid).byte()).unsqueeze(-1).cpu()  # (H, W, 1): 3 where no camera sees
+        dark = torch.where(seen_ground(frame, grid), 1, 3).byte().unsqueeze(-1).cpu()  # (H, W, 1)
         legend = {"dark: seen by no camera": tuple(c // 3 for c in GROUND), "car, pointing ahead": PAPER}
         return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
     truth = frame["bev"][0]
@@ -275,6 +274,7 @@ def read_rig(folder, calibration, config):
     return {key: value[None].to(DEVICE) for key, value in frame.items()}, nearest
 
 
+@watched()
 def predict_rig(args, model):
     """Predict and draw one moment of one's own cameras: out/eval/rig.png and rig.pt."""
     frame, nearest = read_rig(args.images, args.calibration, model.config)

@@ -17,7 +17,6 @@ import math
 import re
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -72,7 +71,7 @@ class Config:
     def padded_size(self):
         """image_size rounded up to the coarsest stride: only then do the features cover exactly the (padded) image."""
         stride = 2 ** (max(self.stages) + 1)
-        return tuple(-(-n // stride) * stride for n in self.image_size)
+        return tuple(math.ceil(n / stride) * stride for n in self.image_size)
 
 
 TINY = Config(image_size=(450, 800), backbone="resnet50", stages=(4,), weights="IMAGENET1K_V2", bev_shape=(50, 50),
@@ -260,7 +259,7 @@ class BEVSegmenter(nn.Module):
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
         # By the frame's own brightness and contrast, so that night and day look alike to the batch norms.
         std, mean = torch.std_mean(image.float(), (1, 3, 4), keepdim=True)  # (B, 1, 3, 1, 1)
-        image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w)
+        image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w); + 1: a black one stays finite
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
         image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
         features = list(self.fpn(self.backbone(image)).values())  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
@@ -371,8 +370,8 @@ def load_official(model, state_dict):
                 if "temporal.guide.weight" in name:  # its input is (previous BEV, query)
                     ours[name.replace("guide", "guide_previous")], guide = guide.split(C, 1)
                 ours[name] = guide
-        for name in ours.keys() - model.state_dict().keys():
-            raise ValueError(f"{used.get(name, name)} has no place in this network")
+        if unknown := sorted(ours.keys() - model.state_dict().keys()):
+            raise ValueError(f"{used.get(unknown[0], unknown[0])} has no place in this network")
         left = model.load_state_dict(ours, strict=False).missing_keys
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{type(error).__name__} {str(error).splitlines()[-1].strip()}") from None
@@ -470,8 +469,8 @@ def initial_model(args, config, path):
                 raise ValueError(f"nothing in it is our {missing[0]}")
         except (AttributeError, TypeError, ValueError) as error:
             sys.exit(f"error: {args.init} does not fit --preset {args.preset}: {error}: choose the preset of its size")
-        print("{}: {} parameters used, {} of the detector ignored; left at their start: {}".format(
-            args.init, len(report["used"]), len(report["ignored"]), ", ".join(report["left"])))
+        print(f"{args.init}: {len(report['used'])} parameters used, {len(report['ignored'])} of the detector ignored; "
+              f"left at their start: {', '.join(report['left'])}")
     else:
         remedy = "run 03_pretrain.py, or give the --init and --preset of what it has written"
         checkpoint, model = load_checkpoint(args.init, remedy, config)
@@ -510,9 +509,9 @@ def orthogonal(matrix):
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
-    gram, product = matrix @ matrix.T, torch.eye(len(matrix), device=matrix.device)  # (n, n) each
+    gram, product = matrix @ matrix.T, (one := torch.eye(len(matrix), device=matrix.device))  # (n, n) each
     for _ in range(5):
-        factor = 3.4445 * torch.eye(len(matrix), device=matrix.device) - 4.775 * gram + 2.0315 * gram @ gram
+        factor = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
         gram, product = factor @ gram @ factor, factor @ product
     return product @ matrix
 
@@ -525,11 +524,11 @@ class Optimizer:
 
     def __init__(self, model):
         params = dict(model.named_parameters())
-        others = r"guide|image_head|classify\.3|" + ("backbone" if model.config.weights else r"backbone\.conv1")
-        hidden = {name for name, p in params.items()
-                  if p.ndim > 1 and "." in name and not re.search(others, name)}  # without a dot: embeddings
+        # Names without a dot are embeddings.
+        others = r"^\w+$|guide|image_head|classify\.3|" + ("backbone" if model.config.weights else r"backbone\.conv1")
+        hidden = {name: p for name, p in params.items() if p.ndim > 1 and not re.search(others, name)}
         self.adamw = torch.optim.AdamW([p for name, p in params.items() if name not in hidden], weight_decay=0.01)
-        self.hidden = [p for name, p in params.items() if name in hidden]
+        self.hidden = list(hidden.values())
         self.momenta = [torch.zeros_like(p) for p in self.hidden]
 
     @torch.no_grad()
@@ -569,9 +568,12 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     start, curve = resume(model, optimizer, args, path)
     if sum_over_ranks(torch.tensor(start, device=DEVICE)) != RANKS * start:
         sys.exit(f"error: {path} is not the same on all machines: put --out where all of them see it")
+    if start >= args.steps:
+        print(f"{path} is finished ({args.steps} steps): nothing to do")
+        sys.exit(0)
     batches = batch_samples(len(data), args, model.config.history, start)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
-                                               generator=torch.Generator()))  # its own: "rng" is that of the steps
+                                               generator=torch.Generator()))  # or it would draw from what "rng" saves
     loss_of = LossOf(model, loss_fn)
     if RANKS > 1:  # not all parameters take part in every loss; the statistics of BatchNorm are the same everywhere
         loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True, broadcast_buffers=False)
@@ -587,11 +589,10 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             waited += time.time() - asked
             batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
             batch_parts.append(batch)
-            alone = RANKS > 1 and part < args.accumulate  # gradients are shared with the last part
-            with (loss_of.no_sync() if alone else nullcontext()):
-                with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
-                    loss, parts = loss_of(batch)
-                (loss / args.accumulate).backward()
+            loss_of.require_backward_grad_sync = part == args.accumulate  # ranks share gradients with the last part
+            with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
+                loss, parts = loss_of(batch)
+            (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
             losses |= {name: losses.get(name, 0) + value.detach() / args.accumulate for name, value in parts.items()}
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -659,14 +660,12 @@ def resume(model, optimizer, args, path):
     checkpoint = load_pt(path, remedy)  # initial_model has checked that it fits
     free = {"workers", "checkpointing", "out", "name", "init", "seen"}  # seen follows from others
     check_meta(path, checkpoint["args"], vars(args), [key for key in vars(args) if key not in free], remedy)
-    if checkpoint["step"] >= args.steps:
-        print(f"{path} is finished ({args.steps} steps): nothing to do")
-        sys.exit(0)
     model.load_state_dict(checkpoint["model"])
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, LookupError, RuntimeError) as error:
         sys.exit(f"error: {path} does not fit Optimizer in model.py ({error}): {remedy}")
     torch.set_rng_state(checkpoint["rng"])
-    print(f"{path}: going on from step {checkpoint['step']}")
+    if checkpoint["step"] < args.steps:
+        print(f"{path}: going on from step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["curve"]

@@ -80,7 +80,7 @@ def join_ranks():
         if gpus:
             torch.cuda.set_device(DEVICE)
         torch.distributed.init_process_group("nccl" if gpus else "gloo")
-        if not gpus:  # the process that ends last would find its lines cut; nccl would wait for one that has failed
+        if not gpus:  # gloo: who simply ends cuts the lines of the others; nccl would wait here for one that failed
             atexit.register(torch.distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # what there is to say, the first process says
@@ -101,10 +101,9 @@ class BatchNorm(torch.nn.BatchNorm2d):
         centred = x - mean[:, None, None]
         var = sum_over_ranks(centred.square().mean((0, 2, 3))) / RANKS  # (C,)
         n = RANKS * x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)  # unbiased, as torch keeps it
+        self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()  # (C,)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
@@ -183,7 +182,7 @@ def pixels_to_ground(K, ego_T_cam, image_size):
     K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., None, None, :3, 3]  # t (..., 1, 1, 3)
     img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
     rays_ego = (img_to_ego[..., None, None, :, :] * pixels[..., None, :]).sum(-1)  # (..., h, w, 3)
-    scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)  # (..., h, w)
+    scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)  # (..., h, w); no division by 0 at the horizon
     step = scale[..., None] * rays_ego[..., :2]  # (..., h, w, 2), from the camera's foot to the ground point
     distance = torch.where((rays_ego[..., 2] < 0) & (scale > 0), step.norm(dim=-1), torch.inf)
     return t[..., :2] + step, distance
@@ -202,8 +201,8 @@ def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
     with torch.autocast(bev_logits.device.type, enabled=False):
         xy_ego, distance = pixels_to_ground(K, ego_T_cam, image_size)  # (B, N, h, w, 2), (B, N, h, w)
         where = grid.normalise(xy_ego)
-        valid = (distance <= max_range) & (distance < torch.inf) & (where.abs() <= 1).all(-1)
-        where = where.nan_to_num().clamp(-2, 2).view(B, N * h, w, 2)
+        valid = (distance <= max_range) & distance.isfinite() & (where.abs() <= 1).all(-1)
+        where = where.nan_to_num().clamp(-2, 2).view(B, N * h, w, 2)  # far outside all is the same to grid_sample
         # Border padding only matters in the outermost half cell; zeros would mix "no evidence" into it.
         image = F.grid_sample(bev_logits.to(where.dtype), where, padding_mode="border", align_corners=False)
     return image.unflatten(2, (N, h)).transpose(1, 2), valid  # (B, C, N*h, w) -> (B, N, C, h, w)
@@ -470,7 +469,6 @@ def read_json(path, remedy):
 @contextlib.contextmanager
 def whole_file(path):
     """Open a file to be written whole or not at all: a temporary name, flushed to disk, then renamed."""
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")  # ranks on two machines may share a pid
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -699,7 +697,7 @@ def learning_rate(step, steps, peak):
     warmup = max(1, steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
 
 
 @contextlib.contextmanager
@@ -737,7 +735,7 @@ def check_training(args):
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
     if not 0 <= args.seed < 2 ** 32:
         sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
-    if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith(".previous"):
+    if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith((".previous", "_sample")):
         sys.exit(f"error: --name {args.name}: this is no name, or what is there is written by others: choose another")
     if args.batch_size % (args.accumulate * RANKS):
         sys.exit(f"error: --batch-size {args.batch_size} cannot be shared out evenly: give a multiple of --accumulate "

@@ -3,8 +3,10 @@ import importlib
 
 import torch
 
+from rig import surround
+
 from model import REMEMBERED, Config, count_confusion, iou, remember
-from reproject import IGNORE
+from reproject import IGNORE, cells_in_cameras
 
 stage = importlib.import_module("05_eval")
 
@@ -79,6 +81,20 @@ def test_memory_turns_with_the_car():
     remember(past, certain([(93, 39)]), drive(0), grid)
     both = remember(past, certain(), turned, grid).exp()
     assert abs(both[0, 2, 89, 56].item() - 0.5) < 1e-4 and (both[0, 2] > 0.01).sum() == 1
+
+
+def test_pseudo_labels_that_are_hidden_now_are_not_forgotten():
+    """A car that stands, with cameras all around: first they see dividers everywhere, then twice nothing but what hides
+    the ground. Where they have seen nothing at all, under the car, there is background."""
+    K, ego_T_cam = surround()
+    grid, past = Config().grid, []
+    for label in (1, IGNORE, IGNORE):
+        frame = drive(0) | {"K": K, "ego_T_cam": ego_T_cam,
+                            "label": torch.full((1, 6, 144, 256), label, dtype=torch.uint8)}
+        answer = remember(past, stage.inverse_perspective(frame, grid).clamp(min=1e-6).log(), frame, grid).argmax(1)
+    seen = cells_in_cameras(K, ego_T_cam, (144, 256), grid)[1].any(1)  # (1, H, W)
+    assert (answer[seen] == 1).all() and 0.5 < seen.float().mean() < 1
+    assert not answer[0, 95:105, 45:55].any()  # less than 2.5 m from the middle
 
 
 def test_memory_ends_with_the_drive_and_after_five_seconds():

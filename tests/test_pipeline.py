@@ -106,6 +106,9 @@ def test_finished_stages_do_nothing(world):
     ("04_finetune.py", ["--init", "nowhere.pt", "--name", "b"], "nowhere.pt is missing: run 03_pretrain.py"),
     ("04_finetune.py", ["--labels", "0", "--name", "b"], "--labels 0.0"),
     ("04_finetune.py", ["--init", "out/finetune.pt", "--name", "b"], "out/finetune.pt is no checkpoint of 03_pretrain"),
+    ("04_finetune.py", ["--init", "copy.of", "--name", "b"], "copy.of is no checkpoint of 03_pretrain"),
+    ("03_pretrain.py", ["--init", "out/finetune.pt", "--name", "b"], "out/finetune.pt: give scratch or a released BEV"),
+    ("03_pretrain.py", ["--name", "finetune_sample"], "--name finetune_sample: this is no name, or"),
     ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
@@ -125,6 +128,7 @@ def test_finished_stages_do_nothing(world):
     ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
 ])
 def test_bad_input_is_one_line(world, script, args, says):
+    shutil.copy(world / "out/finetune.pt", world / "copy.of")
     assert says in run(script, *args, cwd=world, ok=False)
 
 
