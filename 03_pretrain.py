@@ -123,7 +123,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
         voting = (distance <= MAX_RANGE) & ~hidden
         world_T_ego = scene["world_T_ego"][t]
         xy_world = xy_ego[voting].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
-        row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each
+        row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each; the corner lies below all
         # Beyond 6 m or so a pixel of a car's camera covers more ground than a cell, and ever more with d squared.
         weight = 1 / (1 + (distance[voting] / 6) ** 2)
         votes += torch.bincount((label[voting].long() * X + row) * Y + column, weight, len(votes))
@@ -146,7 +146,7 @@ def middle_of_lines(share):
     response = F.conv2d(share[None, None], stroke[:, None], padding=radius)[0] ** 8  # (16, X, Y)
     # Twice the angle, as a line that is turned by pi is the same line.
     cos, sin = torch.tensordot(torch.stack(((2 * angle).cos(), (2 * angle).sin())), response, 1)  # (X, Y) each
-    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(0)
+    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(0)  # 1: all in one direction, 0: a round spot
     row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
     direction = torch.atan2(sin, cos)[row, column] / 2
     across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)
@@ -286,7 +286,7 @@ if __name__ == "__main__":
     if args.init != "scratch" and not args.init.endswith(".pth"):
         sys.exit(f"error: --init {args.init}: give scratch or a released BEVFormer (.pth), as no BEV label may be seen")
     path = Path(args.out) / f"{args.name}.pt"
-    lock = claim(path)
+    lock = claim(path)  # held as long as this process lives
     join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]

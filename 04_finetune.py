@@ -63,7 +63,7 @@ if __name__ == "__main__":
     if args.image is None:
         args.image = float(args.init != "scratch")
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
-    lock = claim(path)
+    lock = claim(path)  # held as long as this process lives
     join_ranks()
     torch.manual_seed(args.seed)
     config = PRESETS[args.preset]

@@ -358,7 +358,7 @@ if __name__ == "__main__":
     frames = Frames(args.out, scenes, config, bev_gt=True)
     # Everything is of one checkpoint: what is there goes before anything new comes.
     folder = Path(args.out) / "eval"
-    lock = claim(folder)
+    lock = claim(folder)  # held as long as this process lives
     if RANK == 0:
         for pattern in ("sample_*.png", "metrics.json", "distance.png", "animation.webp"):
             for old in folder.glob(pattern):

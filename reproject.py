@@ -427,7 +427,7 @@ def key_frames(nusc, scene):
 
 
 def recorded(nusc, sample, channel):
-    """A sensor's sample_data record of a key frame."""
+    """A sensor's sample_data record of a key frame; instead of a missing token, the message says what has none."""
     return look_up(nusc, "sample_data", sample["data"].get(channel, f"for {channel} at sample {sample['token']}"))
 
 
