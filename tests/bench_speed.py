@@ -282,7 +282,7 @@ def compare_encoders(args, peak):
     row(*["---"] * 10)
     ratios = {"": [], "_bf16": []}
     for size in args.sizes:
-        for batch, bf16 in [(batch, False) for batch in args.batch] + [(1, True)]:
+        for batch, bf16 in [(batch, False) for batch in args.batch or (1, 4)] + [(1, True)]:
             ours, peer = take_turns(args, config=PRESETS[size], batch=batch, device=args.device, bf16=bf16)
             if ours.failed:
                 sys.exit(f"error: our encoder failed at {size}, batch {batch}: see above, or it lacked memory")
