@@ -72,6 +72,16 @@ def test_render_hand_computed():
     assert image[0, 0, :, 101, 27].tolist() == pytest.approx([10.169, 5.110], abs=1e-3)
 
 
+def test_a_camera_that_looks_up_sees_no_ground():
+    """The ray of its middle pixel is vertical: it must not be cut with the ground below the camera."""
+    K = torch.tensor([[100.0, 0, 1.5], [0, 100, 1.5], [0, 0, 1]])[None, None]
+    ego_T_cam = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 1.5], [0, 0, 0, 1]])[None, None]
+    for sign, seen in ((1, False), (-1, True)):  # upwards, then the same camera turned over, x to the front
+        ego_T_cam[..., 2, 2], ego_T_cam[..., 1, 0] = sign, -sign
+        _, valid = render(torch.zeros(1, 4, 200, 100), K, ego_T_cam, (3, 3), Grid((-30, 30), (-15, 15), 0.3))
+        assert (valid == seen).all()
+
+
 def test_render_validity():
     K, ego_T_cam = one(intrinsics(), camera())
     _, valid = render(torch.zeros(1, 1, 200, 100), K, ego_T_cam, (144, 256), GRID)
