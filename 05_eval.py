@@ -71,10 +71,10 @@ def one_hot(label):
 
 
 def inverse_perspective(frame, grid):
-    """The pseudo-labels of one key frame, lifted into BEV as scores (1, classes, H, W). They are 0 where none is seen:
-    there it has no say in what `remember` averages, and where no frame has one, argmax takes background."""
-    label = frame["label"]  # (1, N, h, w)
-    return lift(one_hot(label), frame["K"], frame["ego_T_cam"], grid, weight=(label != IGNORE).float())[0]
+    """The pseudo-labels of one key frame, lifted into BEV as scores (1, classes, H, W). Ignored pixels score 0 in all
+    classes and so have no say, neither here nor in what `remember` averages; where no pixel has one, argmax takes
+    background."""
+    return lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], grid)[0]
 
 
 @torch.no_grad()

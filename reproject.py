@@ -237,20 +237,18 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
     return (b * N + n).int(), b * len(xy) + q, anchors[b, n, q]
 
 
-def lift(image_scores, K, ego_T_cam, grid, weight=None):
+def lift(image_scores, K, ego_T_cam, grid):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
-    image_scores (B, N, C, h, w), weight (B, N, h, w) or None: how much a pixel counts (0: ignored).
-    Returns (B, C, H, W) and seen (B, H, W) bool; cells that no camera sees are 0.
+    image_scores (B, N, C, h, w). Returns (B, C, H, W) and seen (B, H, W) bool; cells that no camera sees are 0.
     """
-    B, N, C, h, w = image_scores.shape
+    (B, N), (h, w) = image_scores.shape[:2], image_scores.shape[-2:]
     where, inside = cells_in_cameras(K, ego_T_cam, (h, w), grid)
-    weight = torch.ones_like(image_scores[:, :, :1]) if weight is None else weight.unsqueeze(2).to(image_scores.dtype)
-    weighted = torch.cat((image_scores * weight, weight), 2).flatten(0, 1)  # (B*N, C+1, h, w)
     where = where.to(image_scores.dtype).clamp(-2, 2).flatten(0, 1)  # (B*N, H, W, 2)
-    sampled = F.grid_sample(weighted, where, padding_mode="border", align_corners=False)  # (B*N, C+1, H, W)
-    total = (sampled.unflatten(0, (B, N)) * inside.unsqueeze(2)).sum(1)  # (B, C+1, H, W)
-    return total[:, :C] / total[:, C:].clamp(min=1e-6), total[:, C] > 1e-3
+    sampled = F.grid_sample(image_scores.flatten(0, 1), where, padding_mode="border", align_corners=False)
+    total = (sampled.unflatten(0, (B, N)) * inside.unsqueeze(2)).sum(1)  # (B, C, H, W)
+    cameras = inside.sum(1)  # (B, H, W)
+    return total / cameras.clamp(min=1).unsqueeze(1), cameras > 0
 
 
 def warp(bev, prev_T_cur, grid):

@@ -116,8 +116,8 @@ def test_lift_after_render_returns_the_map():
     bev = torch.stack(((xy[..., 0] / 3).sin(), (xy[..., 1] / 2 + 1).cos(), (xy.sum(-1) / 4).sin()))[None]
     K, ego_T_cam = surround()
     K[..., :2, :] *= 3
-    image, valid = render(bev, K, ego_T_cam, (432, 768), GRID)
-    back, seen = lift(image, K, ego_T_cam, GRID, valid.float())
+    image, _ = render(bev, K, ego_T_cam, (432, 768), GRID)
+    back, seen = lift(image, K, ego_T_cam, GRID)
     near = seen & (xy.norm(dim=-1) < 12)
     assert near.sum() > 4000
     assert (back - bev).abs().amax(1)[near].max() < 0.03
@@ -125,16 +125,14 @@ def test_lift_after_render_returns_the_map():
     assert (back * ~seen.unsqueeze(1)).abs().max() == 0
 
 
-def test_lift_averages_by_weight():
-    """Two cameras at the same place disagree: a pixel of weight 0 has no say."""
-    K, ego_T_cam = (t.expand(1, 2, -1, -1) for t in (intrinsics(), camera()))
-    scores = torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 144, 256)
+def test_lift_averages_over_the_cameras_that_see_a_cell():
+    """Two cameras at the same place disagree, and a third one looks back."""
+    K, ego_T_cam = (t[None] for t in (intrinsics().expand(3, -1, -1), torch.stack((camera(), camera(), camera(180)))))
+    scores = torch.tensor([1.0, 3.0, 7.0]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 144, 256)
     mean, seen = lift(scores, K, ego_T_cam, GRID)
-    only, _ = lift(scores, K, ego_T_cam, GRID, torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 144, 256))
     row, column = 66, 50  # 10 m ahead
-    assert seen[0, row, column] and mean[0, 0, row, column] == pytest.approx(2.0)
-    assert only[0, 0, row, column] == pytest.approx(3.0)
-    assert not seen[0, 133, column]  # 10 m behind the car
+    assert mean[0, 0, row, column] == pytest.approx(2.0) and mean[0, 0, 133, column] == pytest.approx(7.0)
+    assert seen[0, row, column] and not seen[0, 100, column]  # the car's own place
 
 
 def test_two_rigs_in_one_batch_equal_two_runs():
