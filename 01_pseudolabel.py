@@ -30,7 +30,7 @@ from tqdm import tqdm
 from model import PRESETS
 from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, drive_of, encode,
                        fingerprint, is_finished, keep_freed_memory, key_frames, levelled, look_up, make_meta,
-                       open_tables, pose_matrix, pose_of, recorded, save_pt, watched, world_from_ego)
+                       open_tables, pose_matrix, pose_of, read_image, recorded, save_pt, watched, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -216,7 +216,7 @@ def read_scene(nusc, scene, image_size, sweeps=0):
             # The car has moved on since the time of the view: that of LIDAR_TOP, or between key frames of CAM_FRONT.
             ego_T_cam.append(torch.linalg.inv(world_T_ego) @ pose_of(nusc, data) @ pose_matrix(sensor))
             if min(data["width"], data["height"], *torch.tensor(sensor["camera_intrinsic"]).diagonal()) < 1:
-                sys.exit(f"error: {nusc.table_root} gives {data['filename']} no size or focal length: unpack it again")
+                sys.exit(f"error: {nusc.table_root} gives {data['filename']} no size or focal length: {UNPACK}")
             # Pixel centres lie at +0.5, so scaling an image by s takes u to s * u, with nothing to add.
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             K.append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
@@ -232,12 +232,7 @@ def read_scene(nusc, scene, image_size, sweeps=0):
 
 def load_image(path, image_size, segmenter_size):
     """Read a camera image; return it as JPEG bytes at the network's size and as (3, h, w) uint8 for the segmenter."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        sys.exit(f"error: image {path} {what}: unpack the data set's images again")
+    image = read_image(path, "unpack the data set's images again")
     # Pillow's resize is antialiased, and its threads do not fight for the cores as PyTorch's would.
     small, shown = (image.resize((w, h), Image.Resampling.BILINEAR) for h, w in (image_size, segmenter_size))
     return encode(small, "JPEG"), torch.from_numpy(np.array(shown)).permute(2, 0, 1)

@@ -40,7 +40,7 @@ from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_M
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "within": 5.0, "smear": 0.5}  # the usual weight of each form of the temporal loss
-STRAY = 2  # a cell between dashes is drawn where the walks from more line cells than this cross it
+STRAY = 2  # a cell between dashes is drawn where more walks than this, from different cells of the line, cross it
 # Thin classes: the longest gap in m that is no gap (parked cars, most dashes), the same between two dashes (in the US
 # 9 m are usual), the shortest line (no stop line, no arrow).
 LINES = {"divider": (7.0, 11.0, 6.0), "boundary": (3.0, 3.0, 0.0)}
@@ -124,8 +124,8 @@ def cast_votes(frames, index, views, args, slope=0.0):
         world_T_ego = scene["world_T_ego"][t]
         xy_world = xy_ego[voting].double() @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]  # (P, 2)
         row, column = ((xy_world - corner) / RASTER).long().unbind(-1)  # (P,) each; the corner lies below all
-        # Beyond 6 m or so a pixel of a car's camera covers more ground than a cell, and ever more with d squared.
-        weight = 1 / (1 + (distance[voting] / 6) ** 2)
+        # Beyond 6 m or so, a pixel of an image with 144 rows covers more ground than a cell, ever more with d squared.
+        weight = 1 / (1 + (distance[voting] / 6) ** 2 * (144 / label.shape[1]))
         votes += torch.bincount((label[voting].long() * X + row) * Y + column, weight, len(votes))
     return votes.view(-1, X, Y), corner
 
@@ -239,7 +239,8 @@ def draw(votes, config, as_painted):
     return ground_map
 
 
-# A change here, or in the source of a function, makes another consensus, and what was learnt from the last one is old.
+# Any change of these, be it a comment in a function, makes another consensus: what is stored, and what was learnt from
+# it, is refused.
 FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
 RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS))))
 
@@ -268,7 +269,7 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     seen = [cells_in_cameras(K[:, t], ego_T_cam[:, t], batch["label"].shape[-2:], grid)[1].any(1) for t in (-2, -1)]
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.
     last = torch.cat((before.float().softmax(1), seen[0].unsqueeze(1).float()), 1)  # (B, classes + 1, H, W)
-    carried, _ = warp(last, relative_pose(pose[:, -2], pose[:, -1]), grid)
+    carried = warp(last, relative_pose(pose[:, -2], pose[:, -1]), grid)
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     now, then = logits.float().softmax(1), carried[:, :-1]  # (B, classes, H, W) each
     low, high = (then, then) if smear else (-F.max_pool2d(-then, 3, 1, 1), F.max_pool2d(then, 3, 1, 1))

@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import PRESETS, count_confusion, iou, load_checkpoint, remember, step
-from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames,
-                       cells_in_cameras, claim, join_ranks, lift, read_json, read_splits, render, save_json, save_pt,
+from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, cells_in_cameras,
+                       claim, join_ranks, lift, read_image, read_json, read_splits, render, save_json, save_pt,
                        sum_over_ranks, watched, whole_file)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
@@ -74,7 +74,7 @@ def inverse_perspective(frame, grid):
     """The pseudo-labels of one key frame, lifted into BEV as scores (1, classes, H, W). Ignored pixels score 0 in all
     classes and so have no say, neither here nor in what `remember` averages; where no pixel has one, argmax takes
     background."""
-    return lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], grid)[0]
+    return lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], grid)
 
 
 @torch.no_grad()
@@ -256,11 +256,7 @@ def read_rig(folder, calibration, config):
                 raise ValueError
         except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError):
             sys.exit(f"error: {calibration}: {name} has no camera matrix K and rigid ego_T_cam with z > 0: {remedy}")
-        try:
-            with Image.open(Path(folder) / name) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            sys.exit(f"error: {Path(folder) / name} cannot be read ({error}): give the images that {calibration} names")
+        image = read_image(Path(folder) / name, f"give the images that {calibration} names")
         if not (0 < K[0, 2] < image.width and 0 < K[1, 2] < image.height):
             sys.exit(f"error: {calibration}: {name} has {image.width} x {image.height} pixels, and the centre of its K "
                      "lies outside: give the K of the image as it is on disk")

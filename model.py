@@ -1,4 +1,4 @@
-"""What the network is, what it trains on and what scores it.
+"""The network, its losses, its score and its training loop.
 
     images --ResNet + FPN--> features --BEVFormer encoder--> BEV features --head--> BEV logits
 
@@ -228,7 +228,7 @@ class BEVSegmenter(nn.Module):
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
         self.fpn = FeaturePyramidNetwork(widths, C)
         H, W = config.bev_shape
-        # Small at the start, unlike BEVFormer's N(0, 1), so that what the cameras see is not drowned by what they are.
+        # Small at the start, unlike BEVFormer's N(0, 1), so that they do not drown the features that they are added to.
         self.query = nn.Parameter(0.1 * torch.randn(H * W, C))
         self.row, self.column = (nn.Parameter(0.1 * torch.randn(n, C // 2)) for n in (H, W))
         self.camera = nn.Parameter(0.1 * torch.randn(len(CAMERAS), C))
@@ -295,12 +295,12 @@ def run_sequence(model, batch):
 def step(model, frame, bev, world_T_previous):
     """One frame on: warp the last BEV (or None) into this ego frame, then run the network. -> logits, BEV features"""
     if bev is not None:
-        bev, _ = warp(bev, relative_pose(world_T_previous, frame["world_T_ego"]), model.config.grid)
+        bev = warp(bev, relative_pose(world_T_previous, frame["world_T_ego"]), model.config.grid)
     return model(frame["image"], frame["K"], frame["ego_T_cam"], bev, frame["linked"])
 
 
 NEAR = 10.0  # m; ground that is farther from the car is known less well
-REMEMBERED = 10  # key frames (5 s): then the car has left what they have seen from near by
+REMEMBERED = 10  # key frames (5 s): by then the car has left the ground that they saw from near by
 
 
 def remember(past, logits, frame, grid):
@@ -318,7 +318,7 @@ def remember(past, logits, frame, grid):
     now = torch.cat((logits.softmax(1) * weight, weight[None, None]), 1)  # (1, classes + 1, H, W)
     past.append((now, frame["world_T_ego"]))
     del past[:-REMEMBERED]
-    total = sum(warp(then, relative_pose(pose, frame["world_T_ego"]), grid)[0] for then, pose in past)
+    total = sum(warp(then, relative_pose(pose, frame["world_T_ego"]), grid) for then, pose in past)
     return (total[:, :-1] / total[:, -1:]).clamp(min=1e-6).log()
 
 
@@ -458,7 +458,7 @@ def initial_model(args, config, path):
         if config.weights and not known:  # a run that goes on has its weights already
             model.load_backbone_weights()
         return model
-    if known and not Path(args.init).exists():
+    if known and known["init"] == args.init and not Path(args.init).exists():
         args.init_digest, args.seen, args.consensus = (known[key] for key in ("init_digest", "seen", "consensus"))
         return model
     if args.init.endswith(".pth"):
@@ -575,8 +575,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
                                                generator=torch.Generator()))  # or it would draw from what "rng" saves
     loss_of = LossOf(model, loss_fn)
-    if RANKS > 1:  # not all parameters take part in every loss; the statistics of BatchNorm are the same everywhere
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=True, broadcast_buffers=False)
+    if RANKS > 1:  # without --image its head has no gradient; the statistics of BatchNorm are the same everywhere
+        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=not args.image,
+                                                      broadcast_buffers=False)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=path.stem, unit="step", disable=RANK > 0)
     model.train()
     waited, saved, began = 0, time.time(), time.time()
@@ -587,8 +588,8 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             asked = time.time()
             batch = next(batches)
             waited += time.time() - asked
-            batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
             batch_parts.append(batch)
+            batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
             loss_of.require_backward_grad_sync = part == args.accumulate  # ranks share gradients with the last part
             with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
                 loss, parts = loss_of(batch)
@@ -602,7 +603,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
                      f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
         optimizer.step(learning_rate(i, args.steps, args.lr))
         curve.append({name: (sum_over_ranks(value) / RANKS).item() for name, value in losses.items()})
-        bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in curve[-1].items()}, refresh=False)
         if RANK == 0 and (time.time() - saved > 60 * minutes or i + 1 == args.steps):
             record(curve, args, path)
             draw_sample(model, data, path, i + 1)

@@ -9,7 +9,7 @@ Places and directions, stated once:
   mounting and the few decimetres the car moved between the LIDAR_TOP time and the exposure.
 - img: (u, v) in pixels, u to the right, v down; the centre of the top left pixel is (0.5, 0.5).
 - BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
-  transpose exists outside this file, but where `load_official` (model.py) turns weights that were trained otherwise.
+  transpose exists outside this file, except in `load_official` (model.py), for weights that were trained otherwise.
 
 The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is intersected with the
 ground and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp`
@@ -52,7 +52,7 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BA
 LEFT_RIGHT = {camera: camera.replace("LEFT", "RIGHT") if "LEFT" in camera else camera.replace("RIGHT", "LEFT")
               for camera in CAMERAS}  # each camera's mirror image
 MAX_GAP = 2.0  # s; beyond it the previous key frame is no history (key frames come every 0.5 s)
-HISTORY_SHARE = 0.25  # of the training steps look at history; a step that does not takes two thirds of the time
+HISTORY_SHARE = 0.25  # of the training steps look at history; the others are quicker, in `toy` by a third
 # The keys of splits.json by --split of 03 and 04; the first one is trained on, the others are not.
 SPLITS = {"official": ("train", "val"), "geo": ("geo_train", "geo_val", "geo_test")}
 UNPACK = "unpack the data set's metadata again"
@@ -80,14 +80,14 @@ def join_ranks():
         if gpus:
             torch.cuda.set_device(DEVICE)
         torch.distributed.init_process_group("nccl" if gpus else "gloo")
-        if not gpus:  # gloo: who simply ends cuts the lines of the others; nccl would wait here for one that failed
+        if not gpus:  # gloo: one that just ends breaks the others' lines; with nccl, this would wait for a dead one
             atexit.register(torch.distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # what there is to say, the first process says
 
 
 def sum_over_ranks(x):
-    """The sum of a tensor over all ranks, with gradients: each rank's reach the other ranks' tensors."""
+    """The sum of a tensor over all ranks; the backward pass sums the gradients over them, too."""
     return all_reduce(x, "sum", torch.distributed.group.WORLD) if RANKS > 1 else x
 
 
@@ -129,8 +129,8 @@ class Grid:
         """Cell centres (H, W, 2) as (x, y) in metres, with dtype and device of the tensor `like`; `shape` asks for
         another number of cells on the same ground."""
         H, W = shape or self.shape
-        x = torch.linspace(self.x_range[1], self.x_range[0], 2 * H + 1, dtype=torch.float64)[1::2]
-        y = torch.linspace(self.y_range[1], self.y_range[0], 2 * W + 1, dtype=torch.float64)[1::2]
+        x, y = (torch.linspace(high, low, 2 * n + 1, dtype=torch.float64, device=like.device)[1::2]
+                for (low, high), n in ((self.x_range, H), (self.y_range, W)))
         return torch.stack(torch.meshgrid(x, y, indexing="ij"), -1).to(like)  # (H, W, 2)
 
     def cells(self, xy):
@@ -240,27 +240,26 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
 def lift(image_scores, K, ego_T_cam, grid):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
-    image_scores (B, N, C, h, w). Returns (B, C, H, W) and seen (B, H, W) bool; cells that no camera sees are 0.
+    image_scores (B, N, C, h, w). Returns (B, C, H, W); cells that no camera sees are 0.
     """
     (B, N), (h, w) = image_scores.shape[:2], image_scores.shape[-2:]
     where, inside = cells_in_cameras(K, ego_T_cam, (h, w), grid)
     where = where.to(image_scores.dtype).clamp(-2, 2).flatten(0, 1)  # (B*N, H, W, 2)
     sampled = F.grid_sample(image_scores.flatten(0, 1), where, padding_mode="border", align_corners=False)
     total = (sampled.unflatten(0, (B, N)) * inside.unsqueeze(2)).sum(1)  # (B, C, H, W)
-    cameras = inside.sum(1)  # (B, H, W)
-    return total / cameras.clamp(min=1).unsqueeze(1), cameras > 0
+    return total / inside.sum(1).clamp(min=1).unsqueeze(1)
 
 
 def warp(bev, prev_T_cur, grid):
     """Carry a BEV grid of the previous ego frame into the current one: the exact SE(2) motion.
 
     bev (B, C, H, W) on the ground of `grid` (any number of cells), prev_T_cur (B, 4, 4).
-    Returns (B, C, H, W), zero where the previous grid did not reach, and valid (B, H, W) bool.
+    Returns (B, C, H, W), zero where the previous grid did not reach.
     """
     with torch.autocast(bev.device.type, enabled=False):
         pts_cur = F.pad(grid.centres(prev_T_cur, bev.shape[-2:]), (0, 1))  # (H, W, 3)
         where = grid.normalise(transform(prev_T_cur[:, None, None], pts_cur)[..., :2])  # (B, H, W, 2)
-        return F.grid_sample(bev.to(where.dtype), where, align_corners=False), (where.abs() <= 1).all(-1)
+        return F.grid_sample(bev.to(where.dtype), where, align_corners=False)
 
 
 # ---------------------------------------------------------------- sampling at learnt places, and what else must be fast
@@ -395,7 +394,7 @@ def open_tables(NuScenes, dataroot, version):
 
 def is_sound(value, kind):
     """Whether a value is text (str), true or false (bool), a whole number from 0 on that int64 holds (int), a number
-    that can be one of metres (float), or a list of so many."""
+    below 1e15 (float), or a list of so many."""
     if isinstance(kind, tuple):
         return (isinstance(value, list) and len(value) == kind[0] and all(is_sound(v, kind[1]) for v in value)
                 and (kind[0] != 4 or any(value)))  # four numbers are a quaternion: 0 is none
@@ -448,7 +447,7 @@ def world_from_ego(nusc, sample):
 # ---------------------------------------------------------------- files
 
 def fingerprint(data):
-    """Twelve hexadecimal digits that tell bytes, or a text, from others."""
+    """The first twelve hexadecimal digits of the SHA-256 of bytes or of a text."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
 
 
@@ -530,6 +529,16 @@ def load_artifact(path, remedy, keys=()):
     return content
 
 
+def read_image(path, remedy):
+    """A camera image (PIL, RGB), or stop with one line that ends in the remedy."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        sys.exit(f"error: {path} {what}: {remedy}")
+
+
 def encode(image, kind):
     """A PIL image as a uint8 tensor of the bytes of a "JPEG" or "PNG" file."""
     file = io.BytesIO()
@@ -587,8 +596,8 @@ class Frames(torch.utils.data.Dataset):
     image (T, N, 3, h, w) uint8, K (T, N, 3, 3), ego_T_cam (T, N, 4, 4), world_T_ego (T, 4, 4) float64,
     linked (T,) bool: frame t continues frame t-1 (False at a scene's first frame and after more than 2 s),
     label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set; and bev (H, W) uint8
-    where scenes have a "bev": with bev_gt=True the ground truth. Before a scene's first frame that frame is repeated,
-    unlinked. Instead of its index a sample may be asked for as (index, mirrored, frames of history).
+    where scenes have a "bev": with bev_gt=True the ground truth, or 03's consensus. Before a scene's first frame that
+    frame is repeated, unlinked. Instead of its index a sample may be asked for as (index, mirrored, frames of history).
     """
 
     def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=(), settings=()):
@@ -733,7 +742,7 @@ def check_training(args):
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
     if not 0 <= args.seed < 2 ** 32:
         sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
-    if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith((".previous", "_sample")):
+    if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith(("/", ".previous", "_sample")):
         sys.exit(f"error: --name {args.name}: this is no name, or what is there is written by others: choose another")
     if args.batch_size % (args.accumulate * RANKS):
         sys.exit(f"error: --batch-size {args.batch_size} cannot be shared out evenly: give a multiple of --accumulate "

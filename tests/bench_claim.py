@@ -224,12 +224,12 @@ def sharpness(out, checkpoint):
             seen = stage.seen_ground(frame, model.config.grid).unsqueeze(0)  # (1, H, W)
             now = torch.cat((p, seen[:, None].float()), 1)
             if frame["linked"].item():
-                then, _ = warp(before[1], relative_pose(before[0], frame["world_T_ego"]), model.config.grid)
+                then = warp(before[1], relative_pose(before[0], frame["world_T_ego"]), model.config.grid)
                 both = (then[:, -1] > 0.999) & seen & ((p[:, 0] < 0.5) | (then[:, 0] < 0.5))
                 moved, places = moved + ((p - then[:, :-1]).abs().sum(1) / 2 * both).sum(), places + both.sum()
             before = frame["world_T_ego"], now
     return {"edges": (edges / truth_edges).item(), "width": (width / truth_width).item(),
-            "flicker": (moved / max(places, 1)).item() if places else 0.0}
+            "flicker": (moved / places).item() if places else 0.0}
 
 
 def energy(p):
@@ -286,10 +286,10 @@ def picture(found, path):
     plt.figure(figsize=(7, 4.2), dpi=120)
 
     def draw(results, label, colour, marker):
-        points = sorted((median_seconds(row), [r["miou"] for r in row]) for row in results)
-        x, y = zip(*[(seconds, statistics.mean(values)) for seconds, values in points])
+        pairs = sorted((median_seconds(row), [r["miou"] for r in row]) for row in results)
+        x, y = zip(*[(seconds, statistics.mean(values)) for seconds, values in pairs])
         plt.plot(x, y, color=colour, marker=marker, label=label)
-        for seconds, values in points:
+        for seconds, values in pairs:
             if len(values) > 2:
                 plt.errorbar(seconds, *interval(values), color=colour, capsize=3)
 

@@ -79,7 +79,7 @@ def test_reprojection_loss_ignores_what_it_should():
 @pytest.mark.parametrize("smear", (False, True))
 def test_temporal_loss_follows_the_motion(smear):
     frames = batch(motion=(3.0, 0.6, 10.0))
-    moved, _ = warp(town(), relative_pose(pose(0, 0, 0), pose(3.0, 0.6, 10.0))[None], GRID)
+    moved = warp(town(), relative_pose(pose(0, 0, 0), pose(3.0, 0.6, 10.0))[None], GRID)
     right, still = (stage.temporal_loss(logits, town(), frames, GRID, smear) for logits in (moved, town()))
     assert right < 0.02 and still > 10 * right
     assert stage.temporal_loss(town(), town(), batch(motion=(3.0, 0.6, 10.0), linked=False), GRID, smear) == 0
@@ -88,7 +88,7 @@ def test_temporal_loss_follows_the_motion(smear):
 def test_the_mended_temporal_loss_does_not_ask_for_blur():
     """Carried by half a cell, every edge of the last prediction is half one class, half the other."""
     frames, motion = batch(motion=(0.15, 0.15, 0.0)), relative_pose(pose(0, 0, 0), pose(0.15, 0.15, 0.0))[None]
-    carried, _ = warp(town().softmax(1), motion, GRID)
+    carried = warp(town().softmax(1), motion, GRID)
     blurred = carried.clamp(min=1e-6).log()
     sharp = 12 * torch.nn.functional.one_hot(carried.argmax(1), 4).permute(0, 3, 1, 2).float()
     shifted = sharp.roll(2, 3)  # 0.6 m aside: what consistency is for
@@ -101,7 +101,7 @@ def test_the_mended_temporal_loss_does_not_ask_for_blur():
 def test_temporal_loss_counts_only_what_both_frames_see():
     """One camera, looking ahead: the prediction behind the car may differ, and so may what came into the grid."""
     frames = batch(motion=(2.0, 0.0, 0.0), yaws=(0,))
-    logits, _ = warp(town(), relative_pose(pose(0, 0, 0), pose(2.0, 0.0, 0.0))[None], GRID)
+    logits = warp(town(), relative_pose(pose(0, 0, 0), pose(2.0, 0.0, 0.0))[None], GRID)
     other = logits.clone()
     other[:, :, 105:] = torch.randn_like(other[:, :, 105:])  # from 1.5 m behind the car
     other[:, :, :7] = torch.randn_like(other[:, :, :7])  # the 2 m that were not in the grid of the frame before
@@ -312,11 +312,15 @@ def test_most_cameras_win():
     assert (crossing == 2).float().mean() > 0.9
 
 
-def test_votes_are_all_reprojections_at_once():
+@pytest.mark.parametrize("finer", (1, 2))
+def test_votes_are_all_reprojections_at_once(finer):
     """A map, rendered into every camera as in the paper and compared with all their labels, has the same cross-entropy
-    as it has with the votes."""
+    as it has with the votes. A pixel half as high, of an image with 288 rows, counts more."""
     frames, args = drive(DRIVE[:3]), flags(margin=0)
-    scene, grid = frames.scenes[0], Grid((-30.0, 30.0), (-30.0, 30.0), 0.15)
+    scene, grid, size = frames.scenes[0], Grid((-30.0, 30.0), (-30.0, 30.0), 0.15), (144 * finer, 256 * finer)
+    coarse = frames.decode
+    frames.decode = lambda *which: coarse(*which).repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+    scene["K"][..., :2, :] *= finer
 
     def log_p(xy_world):  # a smooth map of the world: (..., 2) m -> (..., classes)
         x, y = xy_world.float().unbind(-1)
@@ -327,11 +331,11 @@ def test_votes_are_all_reprojections_at_once():
         world_T_ego, label = scene["world_T_ego"][t], frames.decode(0, t, "label")
         bev = log_p(grid.centres(world_T_ego) @ world_T_ego[:2, :2].T + world_T_ego[:2, 3]).permute(2, 0, 1)[None]
         camera = scene["K"][t][None], scene["ego_T_cam"][t][None]
-        image, valid = render(bev, *camera, (144, 256), grid, stage.MAX_RANGE)
+        image, valid = render(bev, *camera, size, grid, stage.MAX_RANGE)
         loss = torch.nn.functional.nll_loss(image[0], torch.where(valid[0], label, IGNORE).long(), ignore_index=IGNORE,
                                             reduction="none")
-        _, distance = pixels_to_ground(*camera, (144, 256))
-        every_pixel += (loss / (1 + (distance[0] / 6) ** 2)).sum()
+        _, distance = pixels_to_ground(*camera, size)
+        every_pixel += (loss / (1 + distance[0] ** 2 / (36 * finer))).sum()
     votes, corner = stage.cast_votes(frames, 0, range(3), args)
     cells = torch.stack(torch.meshgrid(*[torch.arange(n) + 0.5 for n in votes.shape[1:]], indexing="ij"), -1) * 0.15
     assert -(votes * log_p(cells + corner).permute(2, 0, 1)).sum() == pytest.approx(every_pixel.item(), rel=2e-3)
