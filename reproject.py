@@ -177,11 +177,11 @@ def pixels_to_ground(K, ego_T_cam, image_size):
     K (..., 3, 3), ego_T_cam (..., 4, 4), image_size (h, w) -> points (..., h, w, 2) as ego (x, y) in metres, and the
     distance (..., h, w) from the camera's foot in metres, inf where the ray does not meet the ground ahead.
     """
-    v, u = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in image_size), indexing="ij")
-    pixels = torch.stack((u, v, torch.ones_like(u)), -1).to(K.dtype)  # (h, w, 3)
+    v, u = (torch.arange(n, device=K.device, dtype=K.dtype) + 0.5 for n in image_size)  # (h,), (w,)
     K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., None, None, :3, 3]  # t (..., 1, 1, 3)
     img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
-    rays_ego = (img_to_ego[..., None, None, :, :] * pixels[..., None, :]).sum(-1)  # (..., h, w, 3)
+    per_u, per_v, first = img_to_ego[..., None, None, :, :].unbind(-1)  # (..., 1, 1, 3) each
+    rays_ego = per_u * u[:, None] + per_v * v[:, None, None] + first  # img_to_ego (u, v, 1): (..., h, w, 3)
     scale = -t[..., 2] / rays_ego[..., 2].clamp(max=-1e-9)  # (..., h, w); no division by 0 at the horizon
     step = scale[..., None] * rays_ego[..., :2]  # (..., h, w, 2), from the camera's foot to the ground point
     distance = torch.where((rays_ego[..., 2] < 0) & (scale > 0), step.norm(dim=-1), torch.inf)
