@@ -262,11 +262,10 @@ if __name__ == "__main__":
     config, folder = PRESETS[args.preset], Path(args.out) / "frames"
     nusc = open_tables(NuScenes, args.dataroot, args.version)
     names, revision = segmenter_names(args.segmenter)
-    membership = group_labels(names).to(DEVICE)
-    model_name = Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter
-    source = {"version": args.version, "segmenter": model_name, "revision": revision, "sweeps": args.sweeps,
-              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence,
-              "groups": fingerprint(repr((GROUPS, LINE_GAIN)))}
+    membership = group_labels(names)
+    source = {"version": args.version, "revision": revision, "groups": fingerprint(repr((GROUPS, LINE_GAIN))),
+              "segmenter": Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter,
+              "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence, "sweeps": args.sweeps}
 
     # What there is to do: this process's share of the scenes, but those whose file is there already. (The share comes
     # first: as files appear meanwhile, each process would share out another list.)
@@ -284,8 +283,8 @@ if __name__ == "__main__":
     # Each worker takes a batch all the way. PyTorch's own threads would only fight with the workers for the cores.
     torch.set_num_threads(1)
     keep_freed_memory()
-    label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), image_size=config.image_size,
-                    membership=membership, segmenter_size=args.segmenter_size, min_confidence=args.min_confidence)
+    label = partial(label_images, segment=load_segmenter(args.segmenter, DEVICE), min_confidence=args.min_confidence,
+                    image_size=config.image_size, segmenter_size=args.segmenter_size, membership=membership.to(DEVICE))
     total = sum(T + args.sweeps * (T - 1) for T in (scene["nbr_samples"] for scene, _ in todo)) * len(CAMERAS)
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=total, unit="image", position=RANK) as progress:
         for scene, meta in todo:

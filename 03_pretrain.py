@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, DEVICE, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
+from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
                        RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, fingerprint, is_finished,
                        join_ranks, load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits,
                        relative_pose, render, save_pt, sum_over_ranks, warp, watched)
@@ -189,7 +189,7 @@ def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
 def consensus(frames, index, config, args):
     """What the labels of a scene's views agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
 
-    Cells that no camera has seen are IGNORE. With --target painted, lines stay as wide and as dashed as labelled.
+    Cells that no camera has seen, and no line crosses, are IGNORE. With --target painted, lines stay as labelled.
     """
     scene, maps, drawn = frames.scenes[index], [], {}
     slope = find_slope(frames, index, args) if args.slope else 0.0
@@ -293,7 +293,7 @@ if __name__ == "__main__":
     config = PRESETS[args.preset]
     train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     frames = Frames(args.out, train, config, config.history)
-    model = initial_model(args, config, path).to(DEVICE)
+    model = initial_model(args, config, path)
     args.seen = sorted({*args.seen, *train})
     args.data, args.rules = frames.digest, RULES  # in the checkpoint, they tell when it was trained on other labels
     if args.target != "rendered":

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from model import PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, DEVICE, SPLITS, Frames, check_training, claim, fingerprint, join_ranks,
+from reproject import (CLASS_WEIGHTS, SPLITS, Frames, check_training, claim, fingerprint, join_ranks,
                        not_negative, positive, read_splits)
 
 
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     config = PRESETS[args.preset]
     train = read_splits(args.out, *SPLITS[args.split])[SPLITS[args.split][0]]
     args.scenes = choose_scenes(train, args.labels)  # into the checkpoint, with args
-    model = initial_model(args, config, path).to(DEVICE)
+    model = initial_model(args, config, path)
     if args.init != "scratch" and not args.init.endswith(".pth") and not args.consensus.get("target"):
         sys.exit(f"error: {args.init} is no checkpoint of 03_pretrain.py: give one, scratch, or a released BEVFormer")
     rest = {}

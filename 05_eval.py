@@ -337,11 +337,10 @@ if __name__ == "__main__":
     else:
         checkpoint, model = load_checkpoint(args.checkpoint, "run 04_finetune.py, or give another one's path")
         title += f" (step {checkpoint['step']} of {checkpoint['args']['steps']})"
-        config, seen = model.config, checkpoint["args"].get("seen", [])
-        model.to(DEVICE).eval()
-    if (args.images is None) != (args.calibration is None) or (args.images and model is None):
+        config, seen = model.eval().config, checkpoint["args"].get("seen", [])
+    if (args.images is None) != (args.calibration is None) or (args.images is not None and model is None):
         sys.exit("error: --images and --calibration go together, and with a checkpoint: give both, or neither")
-    if args.images:
+    if args.images is not None:
         predict_rig(args, model)
         sys.exit()
     remedy = "give checkpoints of 03 or 04 that are all of one architecture"
@@ -377,13 +376,12 @@ if __name__ == "__main__":
             with whole_file(folder / f"sample_{k}.png") as file:
                 sheet.save(file, "PNG")
     if args.animate and RANK == 0:
-        median, = from_best_to_worst(quality, 1)
-        first, *others = [draw_sheet(frames, model.to(DEVICE).eval(), config, median,
-                                     f"{Path(name).stem[:12]}, step {known['step']}", args.memory)
-                          for name, (known, model) in zip(args.animate, animated)]
-        shown = [1500] * len(others) + [4000]  # ms
+        index, = from_best_to_worst(quality, 1)  # the median
+        first, *rest = [draw_sheet(frames, model.eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}",
+                                   args.memory) for name, (known, model) in zip(args.animate, animated)]
+        shown = [1500] * len(rest) + [4000]  # ms
         with whole_file(folder / "animation.webp") as file:
-            first.save(file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, quality=85)
+            first.save(file, "WEBP", save_all=True, append_images=rest, duration=shown, loop=0, quality=85)
     print(f"{folder}/metrics.json and {args.pictures} pictures written")
     print_confusion(confusion["all"])
     print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", scores)

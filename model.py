@@ -237,7 +237,7 @@ class BEVSegmenter(nn.Module):
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), BatchNorm(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), BatchNorm(C // 2), nn.ReLU(),
                                       nn.Conv2d(C // 2, NUM_CLASSES, 1))
-        n = 2 ** min(config.stages)  # in pretraining, image features must tell their pixels' classes, at half the size
+        n = 2 ** min(config.stages)  # image features must tell their pixels' classes, at half the size
         self.image_head = nn.Sequential(nn.Conv2d(C, NUM_CLASSES * n * n, 1), nn.PixelShuffle(n))
         self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
 
@@ -257,15 +257,15 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
         Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        # By the frame's own brightness and contrast, so that night and day look alike to the batch norms.
-        std, mean = torch.std_mean(image.float(), (1, 3, 4), keepdim=True)  # (B, 1, 3, 1, 1)
-        image = ((image - mean) / (std + 1)).flatten(0, 1)  # (B*N, 3, h, w); + 1: a black one stays finite
+        # By its own brightness and contrast, so that night and day look alike to the batch norms; black stays finite.
+        image = image - image.mean((1, 3, 4), keepdim=True, dtype=torch.float32)
+        image = (image / (image.square().mean((1, 3, 4), keepdim=True).sqrt() + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
         image = F.pad(image, (0, padded_w - w, 0, padded_h - h)).contiguous(memory_format=torch.channels_last)
-        features = list(self.fpn(self.backbone(image)).values())  # (B*N, C, h/8, w/8), (B*N, C, h/16, w/16), ...
+        features = list(self.fpn(self.backbone(image)).values())  # (B*N, C, padded_h/8, padded_w/8), ... in `toy`
         self.finest = features[0]  # kept for image_loss: of the frame that ran last
         features = [(f.unflatten(0, (B, N)) + self.camera[:N, :, None, None] + level[:, None, None])
-                    .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h/8, w/8, C)
+                    .flatten(0, 1).permute(0, 2, 3, 1) for f, level in zip(features, self.level)]  # (B*N, h', w', C)
         position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
         if previous is not None:
             previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
@@ -397,9 +397,9 @@ def segmentation_loss(logits, target, class_weights):
 
 def image_loss(model, label):
     """Cross-entropy of what the image head reads from the image features of the frame that ran last, against its
-    pseudo-labels (B, N, h, w), at half their size."""
+    pseudo-labels (B, N, h, w), of which the top left one in each 2 x 2 counts."""
     label = label.flatten(0, 1)[:, ::2, ::2]  # (B*N, h/2, w/2)
-    logits = model.image_head(model.finest)  # (B*N, classes, h/2, w/2)
+    logits = model.image_head(model.finest)  # (B*N, classes, padded_h/2, padded_w/2)
     return segmentation_loss(logits[..., :label.shape[1], :label.shape[2]], label, IMAGE_WEIGHTS)
 
 
@@ -427,6 +427,7 @@ def iou(confusion):
 MUON = 8  # Muon's learning rate is this many times AdamW's, which is --lr
 LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
 
+@watched()
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""
     checkpoint = load_pt(path, remedy)
@@ -436,7 +437,7 @@ def load_checkpoint(path, remedy, config=None):
         found = Config(**checkpoint["config"])
         if config is not None:
             check_meta(path, vars(found), vars(config), vars(config), remedy)
-        model = BEVSegmenter(found)
+        model = BEVSegmenter(found).to(DEVICE)
     except (TypeError, ValueError, LookupError) as error:
         sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
     try:
@@ -446,11 +447,12 @@ def load_checkpoint(path, remedy, config=None):
     return checkpoint, model
 
 
+@watched()
 def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
     checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights), args.seen (their scenes) and
     args.consensus (the flags of 03 that say what consensus goes with them)."""
-    model, known = BEVSegmenter(config), {}
+    model, known = BEVSegmenter(config).to(DEVICE), {}
     args.init_digest, args.seen, args.consensus = None, [], {}
     if Path(path).exists():  # it is refused now rather than after the minutes in which 03 votes
         known = load_checkpoint(path, "delete it, choose another --name or the --preset it has", config)[0]["args"]

@@ -72,7 +72,7 @@ DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available()
 
 
 def join_ranks():
-    """Meet the other processes that torchrun has started, if there are any; stages 03 to 05 do so first."""
+    """Meet the other processes that torchrun has started, if there are any."""
     if RANKS > 1:
         local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if 0 < gpus < local:
@@ -713,7 +713,7 @@ def watched():
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or in 03 and 04 "
                      "--accumulate, --checkpointing and --bf16")
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
@@ -755,6 +755,7 @@ def claim(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")
+        os.register_at_fork(after_in_child=lock.close)  # workers may outlive a process that was killed
         if RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock

@@ -104,7 +104,7 @@ def parse_args():
     parser.add_argument("--out", default="out", help="folder with frames and bev_gt of a world")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11),
                         help="seeds 0 .. N-1")
-    parser.add_argument("--quick", action="store_true", help="--seeds 1")
+    parser.add_argument("--quick", action="store_true", help="--seeds 1, without the longer training")
     parser.add_argument("--all", action="store_true", help="also the rows that the claim does not rest on, with seed 0")
     parser.add_argument("--length", action="store_true", help="supervision at half, full and twice its length, scored "
                                                               "on held-out train scenes")
@@ -213,7 +213,7 @@ def sharpness(out, checkpoint):
     """
     torch.set_num_threads(CORES // LANES)
     stage = importlib.import_module("05_eval")
-    model = load_checkpoint(checkpoint, "")[1].to(DEVICE).eval()
+    model = load_checkpoint(checkpoint, "")[1].eval()
     frames = Frames(out, read_splits(out)["val"], model.config, bev_gt=True)
     edges, truth_edges, width, truth_width, moved, places, before = 0, 0, 0, 0, 0, 0, None
     with torch.no_grad():
@@ -343,7 +343,7 @@ def summary(found):
     return against("pretraining + 50%") | {
         "pretrain_only_share": round(alone / full, 3),
         "ten_percent_gain_points": points(found["pretraining + 10%"], base)[0],
-        "longer": against(LONG)}
+        **({"longer": against(LONG)} if LONG in found else {})}
 
 
 def main(args):
@@ -356,7 +356,9 @@ def main(args):
     elif args.ablations:
         table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), (*MEMORIES, "edges", "width", "flicker"))
     else:
-        rows = {"ipm": 1} | dict.fromkeys(MAIN, 1 if args.quick else args.seeds)
+        rows = {"ipm": 1} | dict.fromkeys(MAIN, args.seeds)
+        if args.quick:
+            rows = {row: 1 for row in rows if row not in (LONG, MAIN[LONG][2])}
         if args.all:
             rows |= {row: 1 for row in ROWS if row not in rows}
         found = table(args.out, ROWS, rows, (*MEMORIES, "0-10 m", "10-20 m", "20-30 m"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_claim import (ABLATIONS, LONG, MAIN, ROWS, command_of, energy, hold_out, interval, points, summary,
                          table, tuned, with_interval)
+from reproject import CLASSES
 
 
 def test_interval_is_students():
@@ -69,7 +70,7 @@ def test_known_results_are_not_measured_again(tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, monkeypatch):
+def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, monkeypatch, capsys):
     """Stages that do nothing, but in the time they would take."""
     trained = []
 
@@ -78,7 +79,8 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
         if script == "05_eval.py":
             miou = {"map": 0.5, "bev": 0.4, "none": 0.3}[words[words.index("--memory") + 1]]
             (tmp_path / "eval").mkdir(exist_ok=True)
-            metrics = {"miou": miou, "iou": {}, "by_range": {"0-10": {"miou": miou + 0.1}}}
+            metrics = {"miou": miou, "iou": dict.fromkeys(CLASSES, miou),
+                       "by_range": {ring: {"miou": miou + 0.1} for ring in ("0-10", "10-20", "20-30")}}
             (tmp_path / "eval/metrics.json").write_text(json.dumps(metrics))
             return 0
         if "--init" in words and "scratch" not in words:
@@ -95,6 +97,14 @@ def test_lanes_measure_each_row_once_and_after_the_one_it_starts_from(tmp_path, 
     assert len(trained) == len(set(trained)) == 2 * len(MAIN) and len(found) == 2 * len(MAIN) + 1
     assert [found["ipm, seed 0"][key] for key in ("miou", "bev", "none", "0-10 m")] == [0.5, 0.4, 0.3, 0.6]
     assert found[f"{LONG}, seed 1"]["seconds"] == 1450 and found["pretraining + 10%, seed 0"]["seconds"] == 1700
+
+    (tmp_path / "claim/results.json").unlink()
+    trained.clear()
+    monkeypatch.setattr("sys.argv", ["bench_claim.py", "--quick", "--out", str(tmp_path)])
+    bench_claim.main(bench_claim.parse_args())
+    assert len(trained) == len(MAIN) - 2 and not any("1450" in name or "300_steps" in name for name in trained)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(last) == ["gain_points", "gain_ci95", "time_ratio", "pretrain_only_share", "ten_percent_gain_points"]
 
     rows = {"first": ROWS["pretraining"], "second": tuned(0.5, 130, "first"), "third": tuned(0.1, 120, "first")}
     trained.clear()

@@ -122,6 +122,10 @@ def test_what_is_handed_on_from_frame_to_frame(monkeypatch):
         *_, (index, _, logits) = stage.predict(frames, "network", Config(), [0], memory)
         assert index == 1 and asked == [None, given]
         assert abs(logits.softmax(1)[0, 2, 113, 39].item() - share) < 1e-3
+    poses = []  # features are carried from where the car was
+    monkeypatch.setattr(stage, "step", lambda _, frame, bev, pose: (certain(), poses.append(pose) or "features"))
+    list(stage.predict(frames, "network", Config(), [0], "bev"))
+    assert poses[0] is None and torch.equal(poses[1], first["world_T_ego"])
 
 
 def test_error_map_says_what_was_missed_and_what_is_false():

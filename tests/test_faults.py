@@ -449,6 +449,7 @@ def test_memory_that_runs_out():
         raise error
 
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+                  torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
                   RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate "
                                "memory: you tried to allocate 4000000000 B. Error code 12 (Cannot allocate memory)")):
         tally("memory", lambda: fails(error), None, "out of memory: use a smaller --batch-size or --preset")

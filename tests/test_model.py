@@ -11,7 +11,7 @@ from rig import pose, surround
 
 import reproject
 from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model,
-                   iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss)
+                   iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss, step)
 from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
                        save_pt)
 
@@ -323,7 +323,7 @@ def test_queries_see_only_what_their_cameras_see():
     assert change[10:].max() < 1e-5
 
 
-def test_features_cover_the_padded_image(monkeypatch):
+def test_features_cover_the_padded_image():
     """450 rows at stride 32 are 14.06 feature rows: padded to 480, they are 15, and projections stay in place."""
     tiny = PRESETS["tiny"]
     assert tiny.padded_size == (480, 800) and PRESETS["small"].padded_size == (736, 1280)
@@ -332,9 +332,11 @@ def test_features_cover_the_padded_image(monkeypatch):
     image, K, ego_T_cam = frame(1, odd.config)
     assert odd.config.padded_size == (80, 128)
     padded = random_model(Config(**{**SMALL.__dict__, "image_size": (80, 128)}))
+    # The padding is the mean, 0; it makes the whole image's contrast smaller, and this scale makes up for that.
+    image = image - image.mean((1, 3, 4), keepdim=True, dtype=torch.float32)
+    std = image.square().mean((1, 3, 4), keepdim=True).sqrt()
     whole = torch.zeros(1, 6, 3, 80, 128)
-    whole[..., :70, :120] = image
-    monkeypatch.setattr(torch, "std_mean", lambda t, *_, **__: (t.new_tensor(99.0), t.new_tensor(0.0)))  # black is 0
+    whole[..., :70, :120] = image / (1 + std - std * math.sqrt(70 * 120 / (80 * 128)))
     with torch.no_grad():
         torch.testing.assert_close(odd(image, K, ego_T_cam)[0], padded(whole, K, ego_T_cam)[0], atol=1e-4, rtol=0)
 
@@ -366,6 +368,38 @@ def test_history_carries_no_gradient_and_is_used():
         batch["world_T_ego"] = torch.stack((pose(0, 0, 0), pose(0, 0, 0)))[None]
         stood, _ = run_sequence(model, batch)
     assert (moved - stood).abs().max() > 1e-4
+
+
+    batch["linked"][:] = False  # the first frame of another drive: it has no say
+    with torch.no_grad():
+        alone, _ = model(*(batch[key][:, 1] for key in ("image", "K", "ego_T_cam")))
+        torch.testing.assert_close(run_sequence(model, batch)[0], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_the_last_bev_is_carried_along():
+    """6 m on, what was 10.5 m ahead (row 6 of cells of 3 m) is 4.5 m ahead (row 8); `linked` is handed on."""
+    model, bev, linked = BEVSegmenter(SMALL), torch.zeros(1, 1, 20, 10), torch.tensor([False])
+    model.forward, bev[0, 0, 6, 2] = lambda *inputs: inputs[3:], 1
+    now = {"image": 0, "K": 0, "ego_T_cam": 0, "linked": linked, "world_T_ego": pose(6, 0, 0)[None]}
+    carried, given = step(model, now, bev, pose(0, 0, 0)[None])
+    assert carried[0, 0, 8, 2] > 0.999 and carried.sum() < 1.001 and given is linked
+
+
+def test_the_map_lies_on_the_ground_of_its_queries():
+    """Queries that say where they are: cells of 3 m, made cells of 1 m, say it too (but for the rim)."""
+    model, grid = BEVSegmenter(SMALL), SMALL.grid
+    model.refine = model.classify = torch.nn.Identity()
+    model.encoder.forward = lambda *_: grid.centres(torch.empty(0), SMALL.bev_shape).view(1, 200, 2)
+    error = model(*frame(1, SMALL))[0] - grid.centres(torch.empty(0)).permute(2, 0, 1)
+    assert error[..., 1:-1, 1:-1].abs().max() < 1e-4
+
+
+def test_positions_are_columns_then_rows():
+    """As BEVFormer's LearnedPositionalEncoding joins them: released weights are used to it."""
+    model, found = BEVSegmenter(SMALL), []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: found.append(inputs[1].view(20, 10, 16)))
+    model(*frame(1, SMALL))
+    assert torch.equal(found[0][7, 3], torch.cat((model.column[3], model.row[7])))
 
 
 def test_overfits_one_sample():
@@ -587,6 +621,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     save_pt(content, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="other.pt does not fit Optimizer in model.py"):
         train(tmp_path / "other.pt", 6)
+
+
+def test_steps_follow_the_schedule(tmp_path, monkeypatch):
+    """One step of warm-up, then cosines of 0, 60 and 120 degrees: 0.01 + 0.99 * (1, 0.75, 0.25)."""
+    rates, take = [], Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, lr: rates.append(lr) or take(self, lr))
+    train(tmp_path / "a.pt", 4)
+    assert rates == pytest.approx([1e-3, 1e-3, 7.525e-4, 2.575e-4])
 
 
 def test_machines_that_do_not_share_a_checkpoint_are_refused(tmp_path, monkeypatch):

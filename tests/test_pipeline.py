@@ -1,7 +1,10 @@
 """All five stages end to end, each as its own process, on a world of two scenes; and their bad input, one line each."""
+import importlib
 import json
 import os
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -38,6 +41,27 @@ def world(tmp_path_factory):
     run("04_finetune.py", "--steps", 3, cwd=cwd)
     run("05_eval.py", "--pictures", 2, "--animate", "out/pretrain.pt", "out/finetune.pt", cwd=cwd)
     return cwd
+
+
+@pytest.mark.parametrize("script, flags, weights", (
+    ("03_pretrain.py", ["--temporal", "smear", "--temporal-weight", "8"], {"consensus": 1, "image": 3, "temporal": 4}),
+    ("04_finetune.py", ["--image", "2"], {"map": 1, "image": 2})))
+def test_losses_are_weighed(world, monkeypatch, script, flags, weights):
+    """Halfway through the training, when the temporal loss has half of its weight."""
+    given = []
+    monkeypatch.setattr("model.fit", lambda *args: given.extend(args))
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", [script, "--name", "weighed", *flags])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    loss, parts = given[2](torch.utils.data.default_collate([given[1][(2, False, 1)]]) | {"progress": 0.5})
+    assert loss.item() == pytest.approx(sum(weight * parts[name].item() for name, weight in weights.items()))
+    assert parts.keys() == weights.keys() and min(part.item() for part in parts.values()) > 0
+
+
+@pytest.mark.parametrize("share, chosen", ((0.01, "d"), (0.35, "cd"), (0.6, "bcd"), (0.8, "bcde"), (1, "abcde")))
+def test_the_scenes_with_the_smallest_hashes_are_labelled(share, chosen):
+    """SHA-256 of d, c, b, e, a begins with 18ac, 2e7d, 3e23, 3f79, ca97."""
+    assert importlib.import_module("04_finetune").choose_scenes("ebdac", share) == list(chosen)
 
 
 def test_stages_leave_what_they_promise(world):

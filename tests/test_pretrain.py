@@ -290,6 +290,30 @@ def test_dashes_are_joined_across_nine_metres_and_solid_lines_are_not():
     assert solid[20:120].all() and solid[181:281].all() and solid.sum() <= 204  # a cell at each end
 
 
+def test_a_direction_has_two_names():
+    """pi / 2 and -pi / 2: two dashes of 4.5 m along the columns, 4.5 m apart: one line. (Alone, too short for one.)"""
+    column = torch.cat((torch.arange(20, 50), torch.arange(80, 110)))
+    direction = (math.pi / 2 - 1e-3) * (1 - 2.0 * (column > 60))
+    line = stage.join_dashes(torch.full_like(column, 10), column, direction, (20, 130), *stage.LINES["divider"])
+    assert line[10, 20:110].all() and line.sum() <= 92  # a cell at each end
+
+
+def test_a_line_is_followed_in_its_direction():
+    """9 m along the diagonal are a divider; the same cells, each said to lie in the other diagonal, are none."""
+    place = torch.arange(20, 62)
+    for direction, long in ((math.pi / 4, True), (-math.pi / 4, False)):
+        line = stage.join_dashes(place, place, torch.full((42,), direction), (80, 80), *stage.LINES["divider"])
+        assert line[place, place].all() == long and line.any() == long
+
+
+def test_pixels_beside_what_hides_the_ground_do_not_vote():
+    frames, label = drive(DRIVE[:1]), torch.zeros(6, 144, 256, dtype=torch.uint8)
+    label[0, 100:103, 100:103], label[0, 101, 101] = 1, IGNORE  # eight pixels around a hidden one, 6 m ahead
+    frames.decode = lambda *_: label
+    shown, own, beside = (stage.cast_votes(frames, 0, [0], flags(margin=m))[0].sum((1, 2)) for m in (-1, 0, 1))
+    assert beside[1] == 0 < own[1] == shown[1] and shown[0] > own[0]  # with -1, the hidden one is background
+
+
 def test_the_slope_of_the_ground_is_found():
     """Cameras that look down by 1.5 degrees more than they say: the crossing, x = 20 to 23, comes out too far ahead,
     unless that is found."""
@@ -339,6 +363,14 @@ def test_votes_are_all_reprojections_at_once(finer):
     votes, corner = stage.cast_votes(frames, 0, range(3), args)
     cells = torch.stack(torch.meshgrid(*[torch.arange(n) + 0.5 for n in votes.shape[1:]], indexing="ij"), -1) * 0.15
     assert -(votes * log_p(cells + corner).permute(2, 0, 1)).sum() == pytest.approx(every_pixel.item(), rel=2e-3)
+
+
+def test_image_loss_by_hand():
+    """70 x 120 pixels, padded below and on the right to 80 x 128. All divider, nothing known: 5 log 4."""
+    model = SimpleNamespace(image_head=lambda x: x, finest=torch.zeros(6, 4, 40, 64))
+    model.finest[:, 2, 35:] = model.finest[:, 2, :, 60:] = 99  # beyond the image
+    label = torch.ones(1, 6, 70, 120, dtype=torch.uint8)
+    assert image_loss(model, label).item() == pytest.approx(5 * math.log(4))
 
 
 def test_image_loss_compares_each_pixel_with_its_label():

@@ -2,6 +2,7 @@
 import fcntl
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from conftest import ROOT, run_script
 
 import reproject
 from model import PRESETS
-from reproject import Frames, read_splits
+from reproject import Frames, claim, read_splits
 
 LIGHT = {"OMP_NUM_THREADS": "1"}
 # A stage as it is, but that it saves after every step instead of every minute.
@@ -226,6 +227,21 @@ def test_a_second_run_of_that_name_is_refused(world):
     assert second.returncode == 1
     assert second.stderr.strip() == ("error: another run is writing out/busy.pt: wait for its end or choose another "
                                      "--name or --out")
+
+
+def test_a_worker_that_outlives_a_killed_run_keeps_nobody_out(tmp_path):
+    """As those of a DataLoader do for some seconds after kill -9: they are forked while the run has its lock."""
+    lock = claim(tmp_path / "a.pt")
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    try:
+        with pytest.raises(SystemExit, match="another run is writing"):
+            claim(tmp_path / "a.pt")
+        lock.close()
+        claim(tmp_path / "a.pt").close()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_two_evaluations_do_not_mix_their_pictures(world):

@@ -13,7 +13,7 @@ from PIL import Image
 from rig import camera, intrinsics, pose, surround
 
 from model import PRESETS, Config
-from reproject import (CAMERAS, Frames, Grid, cells_in_cameras, encode, lift, load_pt, make_meta,
+from reproject import (CAMERAS, Frames, Grid, cells_in_cameras, encode, lift, load_pt, make_meta, mirror,
                        pixels_to_ground, project, read_splits, relative_pose, render, save_pt, transform, warp)
 
 GRID = Grid((-30.0, 30.0), (-15.0, 15.0), 0.3)
@@ -243,6 +243,10 @@ def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
     assert torch.allclose(transform(mirrored, torch.tensor((3.0, -2.0, 0.0))),
                           transform(motion, torch.tensor((3.0, 2.0, 0.0))) * flip, atol=1e-4)
     assert frames[(1, False, 0)]["image"].shape[0] == 1  # a single frame, where no history is asked for
+    image = torch.zeros(2, 6, 3, 144, 256, dtype=torch.uint8)
+    image[1, CAMERAS.index("CAM_FRONT_LEFT"), :, 100, 30] = 9  # where the label has its paint
+    seen = mirror(item | {"image": image})["image"]
+    assert (seen[1, CAMERAS.index("CAM_FRONT_RIGHT"), :, 100, 225] == 9).all() and seen.sum() == 27
 
 
 def test_digest_tells_labels_apart(tmp_path):
