@@ -755,9 +755,8 @@ def claim(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(f".{path.name}.lock"), "w")
-        os.register_at_fork(after_in_child=lock.close)  # workers may outlive a process that was killed
-        if RANK == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if RANK == 0:  # lockf: unlike flock's, its locks are not shared with workers, who may outlive a killed process
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
         sys.exit(f"error: another run is writing {path}: wait for its end or choose another --name or --out")

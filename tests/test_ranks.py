@@ -2,7 +2,6 @@
 import fcntl
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -231,22 +230,15 @@ def test_a_second_run_of_that_name_is_refused(world):
 
 def test_a_worker_that_outlives_a_killed_run_keeps_nobody_out(tmp_path):
     """As those of a DataLoader do for some seconds after kill -9: they are forked while the run has its lock."""
-    lock = claim(tmp_path / "a.pt")
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    worker.start()
-    try:
-        with pytest.raises(SystemExit, match="another run is writing"):
-            claim(tmp_path / "a.pt")
-        lock.close()
-        claim(tmp_path / "a.pt").close()
-    finally:
-        worker.kill()
-        worker.join()
+    run = (f"import os, pathlib, time, reproject; lock = reproject.claim(pathlib.Path({str(tmp_path / 'a.pt')!r})); "
+           "os.fork() or time.sleep(20)")
+    subprocess.run([sys.executable, "-c", run], cwd=ROOT, check=True)
+    claim(tmp_path / "a.pt").close()
 
 
 def test_two_evaluations_do_not_mix_their_pictures(world):
     with open(world / "out/.eval.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         done = run_script("05_eval.py", "--checkpoint", "ipm", cwd=world)
     assert done.returncode == 1 and "another run is writing out/eval: wait for its end" in done.stderr
 
