@@ -150,6 +150,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
     ("05_eval.py", ["--checkpoint", "out"], "out cannot be read (Is a directory): give another path"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
+    ("05_eval.py", ["--images", "", "--calibration", "rig.json"], "rig.json"),  # a shell variable that is not set
     ("05_eval.py", ["--animate", "nowhere.pt"], "nowhere.pt is missing: give checkpoints of 03 or 04"),
     ("05_eval.py", ["--checkpoint", "ipm", "--preset", "paper"], "expected [450, 800]: run 01_pseudolabel.py"),
 ])
