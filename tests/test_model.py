@@ -341,6 +341,18 @@ def test_features_cover_the_padded_image():
         torch.testing.assert_close(odd(image, K, ego_T_cam)[0], padded(whole, K, ego_T_cam)[0], atol=1e-4, rtol=0)
 
 
+def test_images_of_a_frame_are_normalised_together():
+    """One camera sees 100, five see 0: mean 100 / 6, deviation 100 sqrt(5) / 6 = 37.27. The other frame is black."""
+    model, found = BEVSegmenter(SMALL), []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][:, :, :72].unflatten(0, (2, 6))))
+    image, K, ego_T_cam = frame(2, SMALL)
+    image[:] = 0
+    image[0, 2] = 100
+    model(image, K, ego_T_cam)
+    assert found[0][0, 2].unique().tolist() == pytest.approx([(100 - 100 / 6) / 38.27], rel=1e-3)
+    assert found[0][0, 3].unique().tolist() == pytest.approx([-100 / 6 / 38.27], rel=1e-3) and not found[0][1].any()
+
+
 def test_exposure_does_not_matter():
     """A frame in half of the light gives the same map; the light of another frame of the batch has no say in it."""
     model = random_model(SMALL)

@@ -366,10 +366,12 @@ def test_votes_are_all_reprojections_at_once(finer):
 
 
 def test_image_loss_by_hand():
-    """70 x 120 pixels, padded below and on the right to 80 x 128. All divider, nothing known: 5 log 4."""
+    """70 x 120 pixels, padded below and on the right to 80 x 128. The pixels that count, the top left one in each 2 x 2,
+    are all divider; nothing is known: 5 log 4."""
     model = SimpleNamespace(image_head=lambda x: x, finest=torch.zeros(6, 4, 40, 64))
     model.finest[:, 2, 35:] = model.finest[:, 2, :, 60:] = 99  # beyond the image
     label = torch.ones(1, 6, 70, 120, dtype=torch.uint8)
+    label[..., 1::2, :], label[..., 1::2] = 2, 2
     assert image_loss(model, label).item() == pytest.approx(5 * math.log(4))
 
 
