@@ -366,8 +366,8 @@ def test_votes_are_all_reprojections_at_once(finer):
 
 
 def test_image_loss_by_hand():
-    """70 x 120 pixels, padded below and on the right to 80 x 128. The pixels that count, the top left one in each 2 x 2,
-    are all divider; nothing is known: 5 log 4."""
+    """70 x 120 pixels, padded below and on the right to 80 x 128. All that count, the top left ones in each 2 x 2, are
+    divider; nothing is known: 5 log 4."""
     model = SimpleNamespace(image_head=lambda x: x, finest=torch.zeros(6, 4, 40, 64))
     model.finest[:, 2, 35:] = model.finest[:, 2, :, 60:] = 99  # beyond the image
     label = torch.ones(1, 6, 70, 120, dtype=torch.uint8)
