@@ -141,14 +141,15 @@ def middle_of_lines(share):
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
     stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
     stroke = stroke / stroke.sum((1, 2), keepdim=True)
+    row, column = (share > 0.25).nonzero(as_tuple=True)
+    around = F.pad(share, [radius] * 4).unfold(0, len(dx), 1).unfold(1, len(dx), 1)[row, column]  # (P, n, n)
     # A high power of each stroke's response, so that only the best count: a parallel line, a metre aside (a median
     # strip has two kerbs), does not turn this one.
-    response = F.conv2d(share[None, None], stroke[:, None], padding=radius)[0] ** 8  # (16, X, Y)
+    response = (around.flatten(1) @ stroke.flatten(1).T) ** 8  # (P, 16)
     # Twice the angle, as a line that is turned by pi is the same line.
-    cos, sin = torch.tensordot(torch.stack(((2 * angle).cos(), (2 * angle).sin())), response, 1)  # (X, Y) each
-    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(0)  # 1: all in one direction, 0: a round spot
-    row, column = ((share > 0.25) & elongated).nonzero(as_tuple=True)
-    direction = torch.atan2(sin, cos)[row, column] / 2
+    cos, sin = (response @ (2 * angle).cos()), (response @ (2 * angle).sin())  # (P,) each
+    elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(1)  # 1: all in one direction, 0: a round spot
+    row, column, direction = (x[elongated] for x in (row, column, torch.atan2(sin, cos) / 2))
     across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)
     highest = torch.ones_like(row, dtype=torch.bool)
     for step in (-2, -1, 1, 2):
