@@ -12,8 +12,8 @@ from rig import pose, surround
 import reproject
 from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model,
                    iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss, step)
-from reproject import (IGNORE, Linear, batch_samples, deformable_attention, learning_rate, pillars_in_cameras, render,
-                       save_pt)
+from reproject import (IGNORE, Linear, batch_samples, check_training, deformable_attention, learning_rate,
+                       pillars_in_cameras, render, save_pt)
 
 HERE = Path(__file__).parent
 # The first may be any other file of its kind; the second is made by tests/peer.py.
@@ -589,6 +589,19 @@ def test_an_empty_split_is_named(tmp_path):
     args = argparse.Namespace(steps=1, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, checkpointing=False)
     with pytest.raises(SystemExit, match="no train scene"):
         fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("device, processor, used", (
+    ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ("cpu", {"avx512_bf16": True}, True),
+    ("cpu", {"neon": True, "bf16": True}, True), ("cuda:0", {"avx512_bf16": False}, True)))
+def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, used, monkeypatch, capsys):
+    monkeypatch.setattr("reproject.DEVICE", device)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor)
+    for asked in (True, False):
+        args = argparse.Namespace(steps=1, batch_size=1, accumulate=1, workers=0, seed=0, name="x", bf16=asked)
+        check_training(args)
+        assert args.bf16 == (asked and used)
+        assert ("float32 is used" in capsys.readouterr().out) == (asked and not used)
 
 
 def train(path, steps, stop_at=None):
