@@ -79,13 +79,13 @@ def same(a, b):
 
 @pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("04_finetune.py", ["--init", "scratch"])))
 def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
-    flags = *flags, "--steps", 5, "--batch-size", 4, "--lr", 2e-5, "--name"
+    flags = *flags, "--steps", 3, "--batch-size", 4, "--lr", 2e-5, "--name"
     run(script, *flags, "one", cwd=world)
     torchrun(script, *flags, "two", cwd=world)
     one, two = (load(world / f"out/{name}.pt") for name in ("one", "two"))
     for name in ("one", "two"):
         (world / f"out/{name}.pt").unlink()
-    assert len(one["curve"]) == len(two["curve"]) == 5
+    assert len(one["curve"]) == len(two["curve"]) == 3
     for mine, theirs in zip(one["curve"], two["curve"]):
         assert mine == pytest.approx(theirs, abs=1e-5)
     if script == "03_pretrain.py":  # a step that looks back is among them
@@ -188,8 +188,8 @@ def kill_until_done(eager, script, flags, cwd, moments):
 def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
     rng = random.Random(0)
     segmenter = ["--segmenter", ROOT / "tests/toy_segmenter", "--dataroot", world / "data/toy"]
-    commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 8],
-                "04_finetune.py": ["--steps", 8], "05_eval.py": ["--pictures", 0]}
+    commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 5],
+                "04_finetune.py": ["--steps", 5], "05_eval.py": ["--pictures", 0]}
     kills, eager = {}, tmp_path / "eager.py"
     eager.write_text(EAGER)
     for script, flags in commands.items():
