@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from model import PRESETS
 from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, drive_of, encode,
-                       fingerprint, is_finished, keep_freed_memory, key_frames, levelled, look_up, make_meta,
-                       open_tables, pose_matrix, pose_of, read_image, recorded, save_pt, watched, world_from_ego)
+                       fingerprint, has_bfloat16, is_finished, keep_freed_memory, key_frames, levelled, look_up,
+                       make_meta, open_tables, pose_matrix, pose_of, read_image, recorded, save_pt, watched,
+                       world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -117,7 +118,7 @@ def load_segmenter(name, device):
     model = model.eval().to(device)
 
     def segment(images):
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu" and has_bfloat16()):
             # With a pixel's colours side by side, the model takes three quarters of the time on a CPU.
             answer = model((images.to(device, memory_format=torch.channels_last) / 255 - mean) / std)
         return answer.class_queries_logits, answer.masks_queries_logits

@@ -580,7 +580,8 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     if RANKS > 1:  # without --image its head has no gradient; the statistics of BatchNorm are the same everywhere
         loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=not args.image,
                                                       broadcast_buffers=False)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=path.stem, unit="step", disable=RANK > 0)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{path.stem} on {DEVICE}", unit="step",
+               disable=RANK > 0)
     model.train()
     waited, saved, began = 0, time.time(), time.time()
     for i in bar:
@@ -661,7 +662,7 @@ def resume(model, optimizer, args, path):
         return 0, []
     remedy = "delete it or choose another --name"
     checkpoint = load_pt(path, remedy)  # initial_model has checked that it fits
-    free = {"workers", "checkpointing", "out", "name", "init", "seen"}  # seen follows from others
+    free = {"workers", "checkpointing", "bf16", "out", "name", "init", "seen"}  # seen follows from others
     check_meta(path, checkpoint["args"], vars(args), [key for key in vars(args) if key not in free], remedy)
     model.load_state_dict(checkpoint["model"])
     try:

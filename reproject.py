@@ -71,6 +71,14 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+def has_bfloat16():
+    """Whether the device has instructions for bfloat16: a CPU that imitates them takes eight times as long as for
+    float32."""
+    if DEVICE != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def join_ranks():
     """Meet the other processes that torchrun has started, if there are any."""
     if RANKS > 1:
@@ -716,6 +724,8 @@ def watched():
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or in 03 and 04 "
                      "--accumulate, --checkpointing and --bf16")
+        if "shared memory" in str(error):
+            sys.exit("error: /dev/shm is too small for --workers: --workers 0, or give docker --shm-size 8g")
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker
@@ -742,10 +752,9 @@ def check_training(args):
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
     if not 0 <= args.seed < 2 ** 32:
         sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
-    known = ("avx512_bf16", "amx_bf16", "bf16")  # without them, a CPU takes eight times as long as for float32
-    if args.bf16 and DEVICE == "cpu" and not any(torch.cpu.get_capabilities().get(name) for name in known):
+    if args.bf16 and not has_bfloat16():
         args.bf16 = False
-        print("--bf16: this processor has no instructions for bfloat16, so float32 is used")
+        print(f"--bf16: {DEVICE} has no instructions for bfloat16, so float32 is used")
     if Path(args.name).name in ("", "frames", "bev_gt", "eval") or args.name.endswith(("/", ".previous", "_sample")):
         sys.exit(f"error: --name {args.name}: this is no name, or what is there is written by others: choose another")
     if args.batch_size % (args.accumulate * RANKS):

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from model import load_checkpoint
 from reproject import DEVICE, Frames, read_splits, relative_pose, save_json, warp
 
-CORES = len(os.sched_getaffinity(0))
+CORES = torch.get_num_threads()
 LANES = min(2, CORES) if DEVICE == "cpu" else 1  # commands at a time; on one GPU, two would slow each other down
 SCORING = threading.Lock()  # 05 writes to one place, and so do the results
 SUPERVISED = 2400  # steps; in its favour: on held-out train scenes 1,200 do as well, on val 4,800 do no better

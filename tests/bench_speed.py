@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
@@ -556,7 +555,7 @@ def label_side_by_side(args):
     The model card's way has one thread and all cores by turns, as the threads of so small a model wait for each other
     where the machine has other work: the quicker one counts.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",
                         "--frames", "4"], cwd=folder, check=True, capture_output=True)

@@ -453,6 +453,12 @@ def test_memory_that_runs_out():
                   RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate "
                                "memory: you tried to allocate 4000000000 B. Error code 12 (Cannot allocate memory)")):
         tally("memory", lambda: fails(error), None, "out of memory: use a smaller --batch-size or --preset")
+    for message in ("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared "
+                    "memory(shm) for file </torch_7>: No space left on device (28)",
+                    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                    "workers are out of shared memory. Please try to raise your shared memory limit."):
+        with pytest.raises(SystemExit, match="/dev/shm is too small for --workers: --workers 0, or give docker"):
+            fails(RuntimeError(message))
     for message in ("shapes cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nshapes"):
         with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
             fails(RuntimeError(message))

@@ -591,12 +591,14 @@ def test_an_empty_split_is_named(tmp_path):
         fit(BEVSegmenter(SMALL), [], None, args, tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("device, processor, used", (
-    ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ("cpu", {"avx512_bf16": True}, True),
-    ("cpu", {"neon": True, "bf16": True}, True), ("cuda:0", {"avx512_bf16": False}, True)))
-def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, used, monkeypatch, capsys):
+@pytest.mark.parametrize("device, processor, gpu, used", (
+    ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True, False),
+    ("cpu", {"avx512_bf16": True}, False, True), ("cpu", {"neon": True, "bf16": True}, False, True),
+    ("cuda:0", {"avx512_bf16": False}, True, True), ("cuda:0", {"avx512_bf16": True}, False, False)))
+def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, gpu, used, monkeypatch, capsys):
     monkeypatch.setattr("reproject.DEVICE", device)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu and not including_emulation)
     for asked in (True, False):
         args = argparse.Namespace(steps=1, batch_size=1, accumulate=1, workers=0, seed=0, name="x", bf16=asked)
         check_training(args)
