@@ -13,7 +13,7 @@ from test_pipeline import run
 
 from reproject import decode, deformable_attention
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and CUDA_VISIBLE_DEVICES set")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and to be run by itself")
 
 
 def test_operators_and_network():
