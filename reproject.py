@@ -72,8 +72,7 @@ DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available()
 
 
 def has_bfloat16():
-    """Whether the device has instructions for bfloat16: a CPU that imitates them takes eight times as long as for
-    float32."""
+    """Whether the device has instructions for bfloat16: without them, a CPU takes eight times as long as in float32."""
     if DEVICE != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
