@@ -9,8 +9,8 @@ that camera. (Phase 1 of the paper.) There are two ways to do so:
   rendering the map into all cameras would give. The votes are cast once, and what they agree on is drawn as a map, the
   target: lines as wide as in the ground truth, dashes joined (not with `painted`). A hundred views cost as much as one.
 
-Two more losses help: the image features must also predict the pseudo-labels (so they learn in fewer steps what to look
-for), and the prediction must not change much from one frame to the next.
+Two more losses: the image features must also predict the pseudo-labels (to learn in fewer steps what to look for), and
+the prediction must not change much from one frame to the next.
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end; with it
