@@ -448,7 +448,9 @@ def test_segmenters_that_are_none(world, tmp_path):
     out, good = tmp_path / "out", world / "tests/toy_segmenter"
     # Whether there is a network, transformers is told when it is imported: not by run_script, which has imported it.
     absent = [sys.executable, ROOT / "01_pseudolabel.py", "--out", out, "--segmenter", "nobody/has-this-model"]
-    fails(subprocess.run(absent, cwd=world, capture_output=True, text=True), absent[-1], "neither a folder")
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # or it asks for half a minute
+    done = subprocess.run(absent, cwd=world, capture_output=True, text=True, env=offline)
+    fails(done, absent[-1], "neither a folder")
     cut = tmp_path / "cut"
     shutil.copytree(good, cut)
     weights = cut / "model.safetensors"

@@ -144,12 +144,12 @@ def test_stages_03_to_05_run_and_overfit(key_frames):
     out = key_frames[0]["out"]
     (out / "splits.json").write_text(json.dumps({"train": ["scene-0061", "scene-0103"], "val": []}))
     for script, *args in (["03_pretrain.py", "--steps", "2"],
-                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "120",
+                          ["04_finetune.py", "--init", "scratch", "--labels", "1", "--steps", "80",
                            "--batch-size", "1", "--lr", "3e-3"],
                           ["05_eval.py", "--checkpoint", out / "finetune.pt", "--split", "train"]):
         result = run_script(script, "--out", out, *args)
         assert result.returncode == 0, result.stderr
-    assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.6  # measured: 0.73
+    assert json.loads((out / "eval/metrics.json").read_text())["miou"] > 0.45  # measured: 0.57
 
 
 def run(script, *args):
