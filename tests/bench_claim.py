@@ -10,9 +10,9 @@
 All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16; float32 on a CPU without
 instructions for it). Seconds are those of the whole command, from its start to its end, loading and voting included. On
 CPUs two commands run at a time, each with half of the cores: two cores do a fifth more steps so, and the commands do
-not slow each other down. But for the length of the baseline, where they speak in its favour, no setting of these rows
-was chosen on the val scenes: `--length` and all trials (trials.md) train on three quarters of the train scenes and
-score on the others.
+not slow each other down. But for the length of the baseline, where they speak in its favour, and for how the memory of
+05 carries maps along, nothing was chosen on the val scenes: `--length` and all trials (trials.md) train on three
+quarters of the train scenes and score on the others.
 
 Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts. A
 row whose flags were changed is measured again; after a change of the code, delete the folder.
