@@ -102,8 +102,7 @@ def segmenter_names(name):
 def load_segmenter(name, device):
     """The Mask2Former, as a function: images (B, 3, h, w) uint8 -> class logits (B, Q, L + 1), mask logits (B, Q, ...).
 
-    The last class is "no object"; the masks come at a quarter of the images' size.
-    """
+    The last class is "no object"; the masks come at a quarter of the images' size."""
     from safetensors import SafetensorError
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
     try:
@@ -142,8 +141,7 @@ def group_labels(names):
 def labels_from_queries(class_logits, mask_logits, membership, segmenter_size, image_size, min_confidence):
     """One image's Mask2Former output -> pseudo-label (H, W) uint8 at image_size: class index, or 255 for ignore.
 
-    class_logits (Q, L + 1), the last one is "no object"; mask_logits (Q, h, w); membership (L, G) from group_labels.
-    """
+    class_logits (Q, L + 1), the last one is "no object"; mask_logits (Q, h, w); membership (L, G) from group_labels."""
     # What each query says of each group, spread over the query's mask; in groups from the start, as 6 are less than 65.
     says = class_logits.float().softmax(-1)[:, :-1] @ membership  # (Q, G)
     masks = F.interpolate(mask_logits[None].float(), segmenter_size, mode="bilinear", align_corners=False)[0].sigmoid_()
@@ -181,8 +179,7 @@ def views_between(nusc, now, after, sweeps):
     """Up to `sweeps` views between two key frames, given by their sample_data records in the order of CAMERAS.
 
     Evenly spread in time, as far as each camera's images allow; only as many as every camera has. Returns
-    [(timestamp, world_T_ego levelled, 6 records)]: time and place are those of CAM_FRONT.
-    """
+    [(timestamp, world_T_ego levelled, 6 records)]: time and place are those of CAM_FRONT."""
     between = []  # a list a camera: what it took between the two
     for first in now:
         there, data = [], look_up(nusc, "sample_data", first["next"])
@@ -243,11 +240,9 @@ def load_image(path, image_size, segmenter_size):
 def label_images(paths, segment, membership, segmenter_size, image_size, min_confidence):
     """Image paths -> [(JPEG bytes at image_size, PNG bytes of the pseudo-label)]."""
     small, shown = zip(*(load_image(path, image_size, segmenter_size) for path in paths))
-    labelled = []
-    for jpeg, class_logits, mask_logits in zip(small, *segment(torch.stack(shown))):
-        label = labels_from_queries(class_logits, mask_logits, membership, segmenter_size, image_size, min_confidence)
-        labelled.append((jpeg, encode(Image.fromarray(label.cpu().numpy()), "PNG")))
-    return labelled
+    labels = (labels_from_queries(*answer, membership, segmenter_size, image_size, min_confidence)
+              for answer in zip(*segment(torch.stack(shown))))
+    return [(jpeg, encode(Image.fromarray(label.cpu().numpy()), "PNG")) for jpeg, label in zip(small, labels)]
 
 
 if __name__ == "__main__":
@@ -255,8 +250,7 @@ if __name__ == "__main__":
     if min(args.batch_size, args.workers, *args.segmenter_size) < 1 or args.sweeps < 0:
         sys.exit("error: --batch-size, --workers and --segmenter-size are at least 1, --sweeps at least 0")
     if any(size % 32 for size in args.segmenter_size):
-        sys.exit("error: --segmenter-size: give multiples of 32, the coarsest step of the segmenter's features, or its "
-                 "masks are shifted against the image")
+        sys.exit("error: --segmenter-size: give multiples of 32, or its masks are shifted against the image")
     if not 0 <= args.min_confidence <= 1:
         sys.exit(f"error: --min-confidence {args.min_confidence} is no probability: give a number from 0 to 1")
 

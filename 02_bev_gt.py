@@ -12,7 +12,6 @@ A cell belongs to a class if and only if its centre does:
     divider       the centre lies within line_width / 2 of a lane_divider or road_divider line
     boundary      the centre lies within line_width / 2 of the contour of the road: the union of road_segment and lane
     ped_crossing  the centre lies inside a ped_crossing polygon (not in its holes)
-Lines are measured by distance, so that their ends and corners are round and nothing is rounded to whole pixels.
 Where classes overlap, boundary wins over divider, and divider over ped_crossing: a line must not vanish in the wide
 polygon that it crosses, and of two lines the one that a wheel must not cross matters more.
 """
@@ -56,8 +55,7 @@ def parse_args():
 def read_map(path):
     """Read a map expansion JSON: {class name: STRtree}, of line pieces or of polygons' rings, in metres in the world.
 
-    The devkit's NuScenesMap is left out: it knows four locations by name, and its line masks fail on Shapely 2.
-    """
+    The devkit's NuScenesMap is left out: it knows four locations by name, and its line masks fail on Shapely 2."""
     table = read_json(path, f"get {EXPANSION}")
     try:
         if [int(number) for number in str(table.get("version", "1.0")).split(".")] < [1, 3]:
@@ -92,8 +90,7 @@ def one_way(polygons):
 def contour(road):
     """Outlines of the union of polygons, outside and holes, as lists of points (x, y).
 
-    The union is that of the whole map: cutting out a frame's window first would draw the window's edge as a boundary.
-    """
+    The union is that of the whole map: were a frame's window cut out first, its edge would be drawn as a boundary."""
     grown = shapely.union_all(shapely.buffer(shapely.make_valid(road), SEAM, join_style="mitre"))
     union = shapely.buffer(grown, -SEAM, join_style="mitre")
     return [shapely.get_coordinates(ring) for ring in shapely.get_rings(shapely.get_parts(union))]
@@ -111,8 +108,7 @@ def draw_lines(ends, value, shape, reach):
     """A map (H, W) uint8: the `value` of the last line piece that passes within `reach` of a cell's centre, 0 where
     none does. ends (S, 2, 2) as (row, column) and reach in cells, value (S,).
 
-    Each piece is compared with one square of n x n cells around it, all pieces at once.
-    """
+    Each piece is compared with one square of n x n cells around it, all pieces at once."""
     first = np.floor(np.minimum(ends[:, 0], ends[:, 1]) - reach).astype(np.int32)  # (S, 2): the squares' first cells
     n = int(np.max(np.ceil(np.maximum(ends[:, 0], ends[:, 1]) + reach) - first, initial=0))
     near = ((first > -n) & (first < shape)).all(1)
@@ -135,8 +131,7 @@ def fill_rings(points, ring, shape):
     """Cells (H, W) bool whose centre lies inside polygons: points (P, 2) of their rings as (row, column) in cells, ring
     (P,) the number of each point's ring.
 
-    The rings are from one_way: along a row, each edge that leads into a polygon counts 1, and each that leads out -1.
-    """
+    The rings are from one_way: along a row, an edge that leads into a polygon counts 1, one that leads out -1."""
     edges = np.stack((points[:-1], points[1:]), 1)[ring[:-1] == ring[1:]]  # (E, 2, 2)
     centre = np.arange(shape[0]) + 0.5
     start, end = edges[:, :, :1].swapaxes(0, 1)  # (E, 1) each: their rows
@@ -187,8 +182,7 @@ def official_splits(scenes, version):
 def join_tracks(tracks, distance):
     """Groups of scenes that come within `distance` metres of one another, directly or by way of others of their group.
 
-    tracks: {scene: (T, 2) positions of its key frames in metres}. Returns tuples of names, most key frames first.
-    """
+    tracks: {scene: (T, 2) positions of its key frames in metres}. Returns tuples of names, most key frames first."""
     names, clouds = list(tracks), [shapely.MultiPoint(xy) for xy in tracks.values()]
     together = {name: {name} for name in names}
     for a, b in shapely.STRtree(clouds).query(clouds, "dwithin", distance).T:
@@ -202,8 +196,7 @@ def join_tracks(tracks, distance):
 def geo_splits(tracks, distance):
     """{"geo_train", "geo_val", "geo_test": [scenes]}: no scene within `distance` metres of one on another side.
 
-    Each group of join_tracks goes to the side that lacks most key frames of its share; the last ones, to empty sides.
-    """
+    Each group of join_tracks goes to the side that lacks most key frames of its share, the last ones to empty sides."""
     groups, total = join_tracks(tracks, distance), sum(map(len, tracks.values()))
     lack = {side: share * total for side, share in zip(SPLITS["geo"], SHARES)}  # in hundredths of a key frame
     split = {side: [] for side in lack}

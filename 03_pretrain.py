@@ -85,8 +85,7 @@ def find_slope(frames, index, args):
 
     On a slope that nobody knows of, each camera takes the same paint for another place, where the others see bare
     ground. Agreement is the share that a marking's votes have in the votes of their cells, on average. Every third
-    frame is asked, and every quarter of a degree up to 3 degrees (5%).
-    """
+    frame is asked, and every quarter of a degree up to 3 degrees (5%)."""
     views = range(0, len(frames.scenes[index]["token"]), 3)
 
     def agreement(slope):
@@ -102,8 +101,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
 
     Returns votes (classes, X, Y) and the raster's corner (2,) in world metres. Rows follow the world's x axis, columns
     its y axis, RASTER metres each. For a map of log probabilities, -(votes * map).sum() is the cross-entropy of all
-    these pixels, each with the weight of its vote, were the map rendered into all these cameras.
-    """
+    these pixels, each with the weight of its vote, were the map rendered into all these cameras."""
     scene = frames.scenes[index]
     car = scene["world_T_ego"][list(views), :2, 3]  # (V, 2)
     reach = MAX_RANGE + scene["ego_T_cam"][..., :2, 3].norm(dim=-1).max() + 1  # m from the car's origin
@@ -134,8 +132,7 @@ def middle_of_lines(share):
     """Where share (X, Y), a class's votes, has the middle of a line.
 
     Returns row (P,), column (P,) of these cells and the direction of the line there (P,): radians, from a step in rows
-    (0) to one in columns (pi / 2), modulo pi. A spot that is as wide as it is long has no direction and is left out.
-    """
+    (0) to one in columns (pi / 2), modulo pi. A spot that is as wide as it is long has no direction and is left out."""
     radius, angle = round(1.5 / RASTER), torch.arange(16) * (math.pi / 16)
     dx, dy = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing="ij")
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
@@ -163,8 +160,7 @@ def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
     From a dash it may go on within `dash_gap` metres.
 
     The first arguments are as middle_of_lines returns them. Cells from which the line goes on for less than `shortest`
-    metres, both ways together, are left out. Returns the cells of the joined lines (X, Y) bool.
-    """
+    metres, both ways together, are left out. Returns the cells of the joined lines (X, Y) bool."""
     nothing = -10.0  # radians; no direction
     line = torch.full(shape, nothing)
     line[row, column] = direction
@@ -190,8 +186,7 @@ def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
 def consensus(frames, index, config, args):
     """What the labels of a scene's views agree on, as a BEV map for each of its key frames: (T, H, W) uint8.
 
-    Cells that no camera has seen, and no line crosses, are IGNORE. With --target painted, lines stay as labelled.
-    """
+    Cells that no camera has seen, and no line crosses, are IGNORE. With --target painted, lines stay as labelled."""
     scene, maps, drawn = frames.scenes[index], [], {}
     slope = find_slope(frames, index, args) if args.slope else 0.0
     cells = config.grid.centres(scene["world_T_ego"])  # (H, W, 2)
@@ -264,8 +259,7 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     logits, before (B, classes, H, W); `before` carries no gradient: it is the target, or the loss would pull the
     prediction that had better views towards the one that had worse. Warping blurs it, and a loss that asks for just
     these probabilities (`smear`) asks for a blurred map. So they need but lie within what the 3 x 3 cells around have
-    there: a sharp line does, and one that is a cell aside; one that comes or goes does not.
-    """
+    there: a sharp line does, and one that is a cell aside; one that comes or goes does not."""
     pose, K, ego_T_cam = batch["world_T_ego"], batch["K"], batch["ego_T_cam"]
     seen = [cells_in_cameras(K[:, t], ego_T_cam[:, t], batch["label"].shape[-2:], grid)[1].any(1) for t in (-2, -1)]
     # Visibility of the last frame travels as one more channel; a cell counts where all of it was visible.

@@ -4,8 +4,7 @@ The other scenes keep their target of pretraining, what their cameras agree on, 
 predict the pseudo-labels. So the network, fine-tuned on half of the streets, does not forget the other half. The
 baseline uses no pseudo-labels.
 
-The labelled scenes are chosen by a hash of their names, so that the scenes of --labels 0.25 are among those of 0.5,
-on every machine and with every seed. The checkpoint records which they were.
+The labelled scenes are chosen by a hash of their names: those of --labels 0.25 are among those of 0.5, on any machine.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of those scenes, out/splits.json, the checkpoint of --init, e.g.
        out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
@@ -53,8 +52,7 @@ def choose_scenes(scenes, share):
     """The round(share * n) scenes, at least one, whose names have the smallest SHA-256."""
     if not 0 < share <= 1:
         sys.exit(f"error: --labels {share} is no share: give a number above 0 and at most 1")
-    ranked = sorted(scenes, key=fingerprint)
-    return sorted(ranked[:max(1, round(share * len(scenes)))])
+    return sorted(sorted(scenes, key=fingerprint)[:max(1, round(share * len(scenes)))])
 
 
 if __name__ == "__main__":

@@ -100,22 +100,19 @@ def evaluate(frames, model, config, memory="map"):
     """Score every key frame; the scenes are shared out among all processes.
 
     Returns {"all" | "0-10" | ... | "day" | ...: cells (classes, classes) of each [ground truth, prediction]}, the same
-    of each ring around the car (rings, classes, classes), and the mIoU of each key frame (frames,).
-    """
+    of each ring around the car (rings, classes, classes), and the mIoU of each key frame (frames,)."""
     ring = (config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1) / RING).long()  # (H, W): each cell's
     by_ring = torch.zeros(ring.max() + 1, NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=DEVICE)
     by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
     quality = torch.zeros(len(frames), device=DEVICE)
-    own = range(RANK, len(frames.scenes), RANKS)
-    for index, frame, logits in tqdm(predict(frames, model, config, own, memory), desc="eval", unit="frame",
-                                     total=-(-len(frames) // RANKS), disable=RANK > 0):
+    for index, frame, logits in tqdm(predict(frames, model, config, range(RANK, len(frames.scenes), RANKS), memory),
+                                     desc="eval", unit="frame", total=-(-len(frames) // RANKS), disable=RANK > 0):
         prediction, truth = logits.argmax(1), frame["bev"]  # (1, H, W)
         counts = torch.stack([count_confusion(prediction, torch.where(ring == k, truth, IGNORE))
                               for k in range(len(by_ring))])  # (rings, classes, classes)
         by_ring += counts
         words = re.findall(r"\w+", frames.scenes[frames.samples[index][0]]["description"].lower())
-        named = [word for word in CONDITIONS[1:] if word in words]
-        for key in named or ["day"]:
+        for key in [word for word in CONDITIONS[1:] if word in words] or ["day"]:
             by_condition[key] += counts.sum(0)
         quality[index] = quality_of(counts.sum(0))
     by_ring, quality = (sum_over_ranks(x).cpu() for x in (by_ring, quality))
@@ -140,8 +137,7 @@ def from_best_to_worst(quality, pictures):
 def draw_sheet(frames, model, config, index, title, memory):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
     scene, t = frames.samples[index]
-    run = predict(frames, model, config, (scene,), memory)
-    frame, logits = next((frame, logits) for i, frame, logits in run if i == index)
+    _, frame, logits = next(found for found in predict(frames, model, config, (scene,), memory) if found[0] == index)
     score = quality_of(count_confusion(logits.argmax(1), frame["bev"]))
     place = f", {frames.scenes[scene]['scene']}, key frame {t}"
     return contact_sheet(frame, logits, config.grid, f"{title}, mIoU {score:.2f}", place)
@@ -167,12 +163,9 @@ def camera_block(images, classes):
 def error_map(prediction, truth):
     """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8.
 
-    A cell of one class that is taken for another is missed. Background that is known as such stays GROUND.
-    """
-    error = torch.zeros_like(truth, dtype=torch.long)  # 0: GROUND, then as in ERRORS
-    error[(truth > 0) & (prediction == truth)] = 1
-    error[(truth > 0) & (prediction != truth)] = 2
-    error[(truth == 0) & (prediction > 0)] = 3
+    A cell of one class that is taken for another is missed. Background that is known as such stays GROUND."""
+    hit, found = torch.where(prediction == truth, 1, 2), torch.where(prediction > 0, 3, 0)  # 1 to 3 as in ERRORS
+    error = torch.where(truth > 0, hit, found)
     error[truth == IGNORE] = 4
     return torch.tensor((GROUND, *ERRORS.values(), IGNORED), dtype=torch.uint8)[error.cpu()]
 
@@ -238,8 +231,7 @@ def read_rig(folder, calibration, config):
 
     calibration: a JSON file {image file: {"K": 3 x 3, for the image as it is on disk, "ego_T_cam": 4 x 4}}; ego: x
     ahead, y left, z up in metres from a point on the ground. Returns the frame, a batch of one, and for each camera the
-    number of the nuScenes camera that looks most nearly its way, whose embedding it is given.
-    """
+    number of the nuScenes camera that looks most nearly its way, whose embedding it is given."""
     remedy = "give {image file: {\"K\": 3 x 3 numbers, \"ego_T_cam\": 4 x 4}} of 1 to 8 cameras"
     rig = read_json(calibration, remedy)
     if not isinstance(rig, dict) or not 1 <= len(rig) <= 8:
@@ -313,9 +305,8 @@ def print_table(title, scores):
     """The IoU table, a line for the whole split, each range and each condition present."""
     print(f"{title}\n{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
     for key, score in scores.items():
-        cells = [*score["iou"].values(), score["miou"]]
         print(f"{key + (' m' if '-' in key else ''):>10} "
-              + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in cells))
+              + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in (*score["iou"].values(), score["miou"])))
 
 
 def print_confusion(confusion):

@@ -28,7 +28,6 @@ import torchvision
 from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FeaturePyramidNetwork
 from tqdm import tqdm
 
 from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm,
@@ -91,8 +90,7 @@ def init_guide(linear, heads, levels, points, group=1):
 
     linear: its 3 * heads * levels * points outputs are the x, then the y, then the weights of all points. Every
     `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on each
-    query sees exactly the pixels that it projects to.
-    """
+    query sees exactly the pixels that it projects to."""
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = F.normalize(torch.stack((angle.cos(), angle.sin())), math.inf, 0)  # (2, heads), on the unit square
     nn.init.zeros_(linear.weight)
@@ -107,8 +105,7 @@ class TemporalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.M, self.P = config.channels, config.heads, config.points_temporal
-        # Sampling offsets and attention weights in one: (x, y, weight) x heads x 2 BEVs x points
-        self.guide = Linear(C, 3 * self.M * 2 * self.P)
+        self.guide = Linear(C, 3 * self.M * 2 * self.P)  # (x, y, weight) x heads x 2 BEVs x points
         self.guide_previous = Linear(C, 3 * self.M * 2 * self.P, bias=False)
         self.value, self.output = Linear(C, C), Linear(C, C)
         init_guide(self.guide, self.M, 2, self.P)
@@ -191,9 +188,8 @@ class Encoder(nn.Module):
         self.checkpointing = False  # True: run layers again in the backward pass instead of storing what is in them
 
     def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None):
-        """first, position (1, Q, C): the BEV queries and their positions, the same for all samples; features
-        (B*N, h, w, C) a level; previous (B, Q, C): the last BEV, already warped into this ego frame; has_previous (B,)
-        bool: False where a sample has no history. Returns the BEV features (B, Q, C)."""
+        """first, position (1, Q, C): the BEV queries and their positions; features (B*N, h, w, C) a level; previous
+        (B, Q, C); has_previous and the cameras as in BEVSegmenter.forward. Returns the BEV features (B, Q, C)."""
         c = self.config
         hits = pillars_in_cameras(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
         row, column = torch.meshgrid(*(torch.arange(n, device=K.device) + 0.5 for n in c.bev_shape), indexing="ij")
@@ -213,20 +209,26 @@ class Encoder(nn.Module):
 # ---------------------------------------------------------------- the network
 
 class BEVSegmenter(nn.Module):
-    """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top."""
+    """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top.
 
-    def __init__(self, config):
+    weights: of the backbone, by torchvision's name; they come from the network or its cache."""
+
+    def __init__(self, config, weights=None):
         super().__init__()
         self.config, C = config, config.channels
         names = "resnet10", *torchvision.models.list_models(torchvision.models, include=["res*", "wide_res*"])
         if config.backbone not in names:
             sys.exit(f"error: there is no backbone {config.backbone} (model.py): choose one of {', '.join(names)}")
-        backbone = (ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)  # not in torchvision's list
-                    if config.backbone == "resnet10" else
-                    torchvision.models.get_model(config.backbone, norm_layer=BatchNorm))
+        try:
+            backbone = (ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=BatchNorm)  # not in torchvision's list
+                        if config.backbone == "resnet10" and not weights else
+                        torchvision.models.get_model(config.backbone, weights=weights, norm_layer=BatchNorm))
+        except (OSError, RuntimeError, LookupError, ValueError) as error:  # no network, or no such weights
+            sys.exit(f"error: cannot fetch {config.backbone} {weights} ({error}): connect once, or set weights=None in "
+                     "the preset (model.py)")
         widths = [64 * 2 ** (s - 1) * backbone.layer1[0].expansion for s in config.stages]
         self.backbone = IntermediateLayerGetter(backbone, {f"layer{s}": str(s) for s in config.stages})
-        self.fpn = FeaturePyramidNetwork(widths, C)
+        self.fpn = torchvision.ops.FeaturePyramidNetwork(widths, C)
         H, W = config.bev_shape
         # Small at the start, unlike BEVFormer's N(0, 1), so that they do not drown the features that they are added to.
         self.query = nn.Parameter(0.1 * torch.randn(H * W, C))
@@ -240,17 +242,6 @@ class BEVSegmenter(nn.Module):
         n = 2 ** min(config.stages)  # image features must tell their pixels' classes, at half the size
         self.image_head = nn.Sequential(nn.Conv2d(C, NUM_CLASSES * n * n, 1), nn.PixelShuffle(n))
         self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
-
-    def load_backbone_weights(self):
-        """Fill the backbone with torchvision's ImageNet weights (config.weights); needs the network or its cache."""
-        try:
-            weights = torchvision.models.get_model_weights(self.config.backbone)[self.config.weights]
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError, LookupError, ValueError) as error:  # no network, or no such weights
-            sys.exit(f"error: cannot fetch {self.config.backbone} {self.config.weights} ({error}): connect once, "
-                     "or set weights=None in the preset (model.py)")
-        have = self.backbone.state_dict().keys()
-        self.backbone.load_state_dict({key: value for key, value in state.items() if key in have})
 
     def forward(self, image, K, ego_T_cam, previous=None, has_previous=None):
         """image (B, N, 3, h, w) uint8, K (B, N, 3, 3) in pixels of that image, ego_T_cam (B, N, 4, 4); previous
@@ -280,8 +271,7 @@ def run_sequence(model, batch):
     """A batch of Frames sequences: the history without gradients, then the current frame (BEVFormer section 3.4).
 
     Returns logits (B, classes, H, W) of the current frame and of the one before, each in its own ego frame, the latter
-    without gradient (None if the sequences have no history).
-    """
+    without gradient (None if the sequences have no history)."""
     T = batch["image"].shape[1]
     bev = logits = before = None
     for t in range(T):
@@ -310,8 +300,7 @@ def remember(past, logits, frame, grid):
     will see better again, stays as it was seen from near by. logits (1, classes, H, W) come from this frame alone; past
     lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)] of the drive, and this frame joins
     it. Each is carried here in one step: a map that is handed on from frame to frame is blurred by each of them.
-    Returns log probabilities (1, classes, H, W).
-    """
+    Returns log probabilities (1, classes, H, W)."""
     weight = 1 / (1 + (grid.centres(logits).norm(dim=-1) / NEAR) ** 8)  # (H, W)
     if not frame["linked"].item():
         past.clear()
@@ -341,9 +330,8 @@ def load_official(model, state_dict):
 
     The BEV of BEVFormer has row 0 at the rear: queries, row embeddings and the y of temporal offsets are flipped. We do
     not read the CAN bus: queries take in what its network says to zeros. Returns {"used", "ignored": their names, the
-    latter the detection decoder; "left": ours that keep their start}. Raises ValueError, naming what does not fit.
-    """
-    (H, W), C, ours, used = model.config.bev_shape, model.config.channels, {}, {}
+    latter the detection decoder; "left": ours that keep their start}. Raises ValueError, naming what does not fit."""
+    H, C, ours, used = model.config.bev_shape[0], model.config.channels, {}, {}
     for key, value in state_dict.items():
         name = key
         for official, own in OFFICIAL_NAMES:
@@ -356,10 +344,8 @@ def load_official(model, state_dict):
                 "0.weight", "0.bias", "2.weight", "2.bias", "norm.weight", "norm.bias"))
             ours["query"] = ours["query"] + F.layer_norm(F.linear(b0.relu(), w2, b2).relu(), (C,), scale, shift)
         for name in list(ours):
-            if name == "query":
-                ours[name] = ours[name].view(H, W, C).flip(0).flatten(0, 1)
-            elif name == "row":
-                ours[name] = ours[name].flip(0)
+            if name in ("query", "row"):  # H rows of W queries, or of one embedding each
+                ours[name] = ours[name].view(H, -1, C if name == "query" else C // 2).flip(0).flatten(0, 1)
             elif name == "level":  # official networks with one level were built with four embeddings
                 ours[name] = ours[name][:len(model.config.stages)]
             elif "sampling_offsets" in name:
@@ -387,8 +373,7 @@ def segmentation_loss(logits, target, class_weights):
     """Class-weighted cross-entropy, summed over the pixels that are not IGNORE and divided by their number.
 
     logits (B, classes, ...), target (B, ...) uint8, class_weights (classes,). The mean is over valid pixels, not over
-    weights, so that a picture without paint does not count as much as one full of it; it is that of all ranks.
-    """
+    weights, so that a picture without paint does not count as much as one full of it; it is that of all ranks."""
     logits, target = logits.float(), target.long()
     loss = F.cross_entropy(logits, target, logits.new_tensor(class_weights), ignore_index=IGNORE, reduction="sum")
     # DistributedDataParallel averages over the ranks what each divides by its share of the number.
@@ -414,8 +399,7 @@ def count_confusion(prediction, target):
 def iou(confusion):
     """Summed confusion (classes, classes) -> {"iou": {class: value}, "miou": mean over the classes but background}.
 
-    A class that neither prediction nor target contains has no IoU (None) and does not enter the mean.
-    """
+    A class that neither prediction nor target contains has no IoU (None) and does not enter the mean."""
     intersection, union = confusion.diag().tolist(), (confusion.sum(0) + confusion.sum(1) - confusion.diag()).tolist()
     values = {name: intersection[i] / union[i] if union[i] else None for i, name in enumerate(CLASSES) if i > 0}
     known = [v for v in values.values() if v is not None]
@@ -452,14 +436,12 @@ def initial_model(args, config, path):
     """The network that is trained into `path`, as --init says: from scratch, or with the weights of a finished
     checkpoint of 03 or of a released BEVFormer. Sets args.init_digest (which weights), args.seen (their scenes) and
     args.consensus (the flags of 03 that say what consensus goes with them)."""
-    model, known = BEVSegmenter(config).to(DEVICE), {}
-    args.init_digest, args.seen, args.consensus = None, [], {}
+    args.init_digest, args.seen, args.consensus, known = None, [], {}, {}
     if Path(path).exists():  # it is refused now rather than after the minutes in which 03 votes
         known = load_checkpoint(path, "delete it, choose another --name or the --preset it has", config)[0]["args"]
-    if args.init == "scratch":
-        if config.weights and not known:  # a run that goes on has its weights already
-            model.load_backbone_weights()
-        return model
+    if args.init == "scratch":  # a run that goes on has its weights already
+        return BEVSegmenter(config, None if known else config.weights).to(DEVICE)
+    model = BEVSegmenter(config).to(DEVICE)
     if known and known["init"] == args.init and not Path(args.init).exists():
         args.init_digest, args.seen, args.consensus = (known[key] for key in ("init_digest", "seen", "consensus"))
         return model
@@ -506,8 +488,7 @@ def orthogonal(matrix):
 
     Five iterations of Newton and Schulz with Jordan's coefficients, as in torch.optim.Muon, which computes in bfloat16
     and takes 40 times as long on a CPU that has no instructions for it. Here only the Gram matrix goes through the
-    iterations, and float32 is almost as fast. They enlarge its rounding errors: it must be true float32, not TF32.
-    """
+    iterations, and float32 is almost as fast. They enlarge its rounding errors: it must be true float32, not TF32."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)

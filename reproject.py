@@ -121,8 +121,7 @@ class BatchNorm(torch.nn.BatchNorm2d):
 class Grid:
     """A rectangle of ground around the car, cut into square cells.
 
-    x_range: (behind, ahead) and y_range: (right, left), in metres in the ego frame; cell: side of a cell in metres.
-    """
+    x_range: (behind, ahead) and y_range: (right, left), in metres in the ego frame; cell: side of a cell in metres."""
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     cell: float
@@ -156,8 +155,7 @@ class Grid:
 def transform(a_T_b, pts_b):
     """Apply a_T_b (..., 4, 4) to points (..., 3); leading dimensions broadcast.
 
-    Multiply and add instead of a matrix product: TF32 and autocast, which would shift pixels, never touch it.
-    """
+    Multiply and add instead of a matrix product: TF32 and autocast, which would shift pixels, never touch it."""
     return (a_T_b[..., :3, :3] * pts_b[..., None, :]).sum(-1) + a_T_b[..., :3, 3]
 
 
@@ -169,8 +167,7 @@ def relative_pose(world_T_a, world_T_b):
 def project(pts_ego, K, ego_T_cam):
     """Pinhole projection. pts_ego (..., 3) m, K (..., 3, 3), ego_T_cam (..., 4, 4) -> pixels (..., 2), depth (...) m.
 
-    Behind the camera (depth <= 0) the pixel means nothing: test the depth.
-    """
+    Behind the camera (depth <= 0) the pixel means nothing: test the depth."""
     pts_cam = transform(torch.linalg.inv(ego_T_cam), pts_ego)
     depth = pts_cam[..., 2]
     # The clamp keeps the division finite; BEVFormer's official code clamps at the same 1e-5.
@@ -182,8 +179,7 @@ def pixels_to_ground(K, ego_T_cam, image_size):
     """Cut the ray of every pixel centre with the ground plane z = 0.
 
     K (..., 3, 3), ego_T_cam (..., 4, 4), image_size (h, w) -> points (..., h, w, 2) as ego (x, y) in metres, and the
-    distance (..., h, w) from the camera's foot in metres, inf where the ray does not meet the ground ahead.
-    """
+    distance (..., h, w) from the camera's foot in metres, inf where the ray does not meet the ground ahead."""
     v, u = (torch.arange(n, device=K.device, dtype=K.dtype) + 0.5 for n in image_size)  # (h,), (w,)
     K_inv, R, t = torch.linalg.inv(K), ego_T_cam[..., :3, :3], ego_T_cam[..., None, None, :3, 3]  # t (..., 1, 1, 3)
     img_to_ego = (R[..., :, :, None] * K_inv[..., None, :, :]).sum(-2)  # (..., 3, 3)
@@ -202,8 +198,7 @@ def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
 
     bev_logits (B, C, H, W), K (B, N, 3, 3), ego_T_cam (B, N, 4, 4), image_size (h, w), max_range in metres from the
     camera's foot. Returns logits (B, N, C, h, w) and valid (B, N, h, w) bool: False above the horizon, behind the
-    camera, outside the grid and beyond max_range. Paper: the differentiable reprojection of its section on pretraining.
-    """
+    camera, outside the grid and beyond max_range. Paper: the differentiable reprojection of its pretraining section."""
     (B, N), (h, w) = K.shape[:2], image_size
     with torch.autocast(bev_logits.device.type, enabled=False):
         xy_ego, distance = pixels_to_ground(K, ego_T_cam, image_size)  # (B, N, h, w, 2), (B, N, h, w)
@@ -219,8 +214,7 @@ def cells_in_cameras(K, ego_T_cam, image_size, grid):
     """Where each camera sees the centre of each cell, by geometry alone.
 
     K (B, N, 3, 3), ego_T_cam (B, N, 4, 4) -> grid_sample coordinates (B, N, H, W, 2) in the image, and inside
-    (B, N, H, W) bool: in front of the camera and within its image.
-    """
+    (B, N, H, W) bool: in front of the camera and within its image."""
     pts_ego = F.pad(grid.centres(K), (0, 1))  # (H, W, 3), on the ground
     uv, depth = project(pts_ego, K[:, :, None, None], ego_T_cam[:, :, None, None])  # (B, N, H, W, 2), (B, N, H, W)
     where = 2 * uv / uv.new_tensor(image_size[::-1]) - 1
@@ -232,8 +226,7 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
 
     K (B, N, 3, 3), ego_T_cam (B, N, 4, 4). Returns, for the R (sample, camera, query) triples in which at least one
     height of the pillar falls into the image: camera (R,) = b*N + n, query (R,) = b*Q + q,
-    anchors (R, Z, 2): the projections as fractions of the image. Each sample of the batch has its own visibility.
-    """
+    anchors (R, Z, 2): the projections as fractions of the image. Each sample of the batch has its own visibility."""
     N, xy = K.shape[1], grid.centres(K, bev_shape).flatten(0, 1)  # (Q, 2)
     pts_ego = torch.stack([F.pad(xy, (0, 1), value=z) for z in heights], 1)  # (Q, Z, 3)
     with torch.autocast(K.device.type, enabled=False):
@@ -247,8 +240,7 @@ def pillars_in_cameras(K, ego_T_cam, image_size, grid, bev_shape, heights):
 def lift(image_scores, K, ego_T_cam, grid):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
-    image_scores (B, N, C, h, w). Returns (B, C, H, W); cells that no camera sees are 0.
-    """
+    image_scores (B, N, C, h, w). Returns (B, C, H, W); cells that no camera sees are 0."""
     (B, N), (h, w) = image_scores.shape[:2], image_scores.shape[-2:]
     where, inside = cells_in_cameras(K, ego_T_cam, (h, w), grid)
     where = where.to(image_scores.dtype).clamp(-2, 2).flatten(0, 1)  # (B*N, H, W, 2)
@@ -261,8 +253,7 @@ def warp(bev, prev_T_cur, grid):
     """Carry a BEV grid of the previous ego frame into the current one: the exact SE(2) motion.
 
     bev (B, C, H, W) on the ground of `grid` (any number of cells), prev_T_cur (B, 4, 4).
-    Returns (B, C, H, W), zero where the previous grid did not reach.
-    """
+    Returns (B, C, H, W), zero where the previous grid did not reach."""
     with torch.autocast(bev.device.type, enabled=False):
         pts_cur = F.pad(grid.centres(prev_T_cur, bev.shape[-2:]), (0, 1))  # (H, W, 3)
         where = grid.normalise(transform(prev_T_cur[:, None, None], pts_cur)[..., :2])  # (B, H, W, 2)
@@ -275,8 +266,7 @@ def corners(x, y, weights, source, height, width):
     """The four pixels around each sampling point, and how much of each enters its bilinear sample.
 
     x, y, weights (R, M, P); source (R, 1, P or 1) int32. Returns, each (R, M, P, 4), the rows (map, pixel, head) of
-    the value table, int32, and the shares. Pixels outside the map have share 0; their row may not be in the table.
-    """
+    the value table, int32, and the shares. Pixels outside the map have share 0; their row may not be in the table."""
     M, sides = x.shape[1], []
     for position, size in ((x, width), (y, height)):
         # Pixel centres become whole numbers; far outside is all the same, and so are the places of a diverged network.
@@ -300,8 +290,7 @@ class DeformableAttention(torch.autograd.Function):
     """Weighted sum of bilinear samples as a product A @ V: V has the values, a row a pixel and head; A is sparse.
 
     A row of A belongs to a query and head and has P*4 entries: a bag of `embedding_bag`, which adds them up and never
-    stores a sample. grid_sample stores each, P times the output, and adds its gradient to V one number at a time.
-    """
+    stores a sample. grid_sample stores each, P times the output, and adds its gradient to V one number at a time."""
 
     @staticmethod
     def forward(ctx, maps, x, y, weights, source):
@@ -358,8 +347,7 @@ def deformable_attention(maps, x, y, weights, source):
 
     maps (S, h, w, M, D): S feature maps, M heads; x, y (R, M, P): sampling points in pixels of the map, (0, 0) at its
     corner; weights (R, M, P); source (R, 1, P or 1) int32: which map a point reads. A sample outside its map is zero.
-    Queries of all cameras and of all samples of a batch are rows of one list: nothing is padded, nothing is looped.
-    """
+    Queries of all cameras and of all samples of a batch are rows of one list: nothing is padded, nothing is looped."""
     return DeformableAttention.apply(maps.contiguous().to(x.dtype), x, y, weights, source)
 
 
@@ -584,8 +572,7 @@ def check_meta(path, found, expected, keys, remedy):
 def is_finished(path, meta, keys, tokens, remedy):
     """Whether `path` holds what this run would write; stop with one line if it was made some other way.
 
-    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames.
-    """
+    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames."""
     if not Path(path).exists():
         return False
     found = load_artifact(path, "delete it and run again")
@@ -604,8 +591,7 @@ class Frames(torch.utils.data.Dataset):
     linked (T,) bool: frame t continues frame t-1 (False at a scene's first frame and after more than 2 s),
     label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set; and bev (H, W) uint8
     where scenes have a "bev": with bev_gt=True the ground truth, or 03's consensus. Before a scene's first frame that
-    frame is repeated, unlinked. Instead of its index a sample may be asked for as (index, mirrored, frames of history).
-    """
+    frame is repeated, unlinked. Instead of by its index, ask for a sample by (index, mirrored, frames of history)."""
 
     def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=(), settings=()):
         """consensus: {scene: file} of those scenes whose bev comes from 03_pretrain.py instead of the ground truth;
@@ -690,8 +676,7 @@ def mirror(item):
 def batch_samples(n, args, history, start):
     """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
     history), the same samples a step for any number of ranks: of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
-    then 2 and 6 with --accumulate 2, rank 1 the others. A pure function of the step, so that going on is exact.
-    """
+    then 2 and 6 with --accumulate 2, rank 1 the others. A pure function of the step, so that going on is exact."""
     if not n:
         sys.exit("error: splits.json has no train scene: run 01 and 02 on a data set that has some")
     order = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * args.seed + epoch)).tolist()
@@ -717,8 +702,11 @@ def learning_rate(step, steps, peak):
 @contextlib.contextmanager
 def watched():
     """Stop with one line where memory ran out, or a worker of a DataLoader met a damaged file or was stopped itself."""
+    lost = "error: a worker process was stopped, perhaps for want of memory: use fewer --workers"
     try:
         yield
+    except (EOFError, ConnectionError):  # it was stopped just as it handed over a batch
+        sys.exit(lost)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or in 03 and 04 "
@@ -728,7 +716,7 @@ def watched():
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
         if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker
-        sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: use fewer --workers"))
+        sys.exit(f"error: {said}" if said else lost)
 
 
 def positive(text):
@@ -747,10 +735,9 @@ def not_negative(text):
 
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense; --bf16 is dropped where it could only cost time."""
-    if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0:
-        sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0")
-    if not 0 <= args.seed < 2 ** 32:
-        sys.exit(f"error: --seed {args.seed}: give a number from 0 to 2^32 - 1")
+    if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0 or not 0 <= args.seed < 2 ** 32:
+        sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0, and --seed is a "
+                 "number from 0 to 2^32 - 1")
     if args.bf16 and not has_bfloat16():
         args.bf16 = False
         print(f"--bf16: {DEVICE} has no instructions for bfloat16, so float32 is used")

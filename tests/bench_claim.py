@@ -210,8 +210,7 @@ def sharpness(out, checkpoint):
     edges: sum of squared differences of class probabilities between neighbouring cells, over that of the truth (1: as
     sharp); width: expected cells of divider and boundary over those of the truth; flicker: mean difference (1/2 L1) of
     the class probabilities of one frame and the next, carried along, where both frames see the ground and either
-    says more than background.
-    """
+    says more than background."""
     torch.set_num_threads(CORES // LANES)
     stage = importlib.import_module("05_eval")
     model = load_checkpoint(checkpoint, "")[1].eval()

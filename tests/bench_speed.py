@@ -435,8 +435,7 @@ def rasterisers(args):
     and layers, all geometry read before. Returns the speed-up of each row.
 
     The devkit fills road segments and lanes, where ours draws the contour of their union; its lines are 2 pixels wide.
-    It goes through the whole map for each sample: the map is taken as it is, and ten times.
-    """
+    It goes through the whole map for each sample: the map is taken as it is, and ten times."""
     from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
     from nuscenes.nuscenes import NuScenes
     # On Shapely 2 the devkit cannot go through a MultiLineString; it gets its parts, one by one.
@@ -553,8 +552,7 @@ def label_side_by_side(args):
     """Images a second of both, in turns, on the 48 images of a small embedded world. Returns the median ratio.
 
     The model card's way has one thread and all cores by turns, as the threads of so small a model wait for each other
-    where the machine has other work: the quicker one counts.
-    """
+    where the machine has other work: the quicker one counts."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "tests/toyworld.py", "--train-scenes", "1", "--val-scenes", "1",

@@ -459,6 +459,9 @@ def test_memory_that_runs_out():
                     "workers are out of shared memory. Please try to raise your shared memory limit."):
         with pytest.raises(SystemExit, match="/dev/shm is too small for --workers: --workers 0, or give docker"):
             fails(RuntimeError(message))
+    for error in (EOFError(), ConnectionResetError()):  # of a worker that was killed while it handed over a batch
+        with pytest.raises(SystemExit, match="error: a worker process was stopped"):
+            fails(error)
     for message in ("shapes cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nshapes"):
         with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
             fails(RuntimeError(message))

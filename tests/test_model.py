@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from rig import pose, surround
 
 import reproject
@@ -431,13 +432,13 @@ def test_overfits_one_sample():
     colours = torch.tensor([[80.0, 80, 80], [250, 250, 250], [60, 120, 250], [200, 90, 20]])
     image = (torch.einsum("bnchw,cd->bndhw", shown, colours) * valid.unsqueeze(2)).byte()
     model = BEVSegmenter(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    optimizer = Optimizer(model)
+    for _ in range(40):
         logits, _ = model(image, K, ego_T_cam)
         loss = segmentation_loss(logits, truth, (1.0, 1.0, 1.0, 1.0))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.step(3e-3)
     assert iou(count_confusion(logits.argmax(1), truth))["miou"] > 0.9
 
 
@@ -532,6 +533,19 @@ def test_orthogonal_of_a_nearly_singular_matrix(shape):
         expected = 3.4445 * expected - 4.775 * cubic + 2.0315 * expected @ expected.T @ cubic
     assert torch.linalg.svdvals(expected)[-1] < 1e-3
     assert (orthogonal(matrix.float()) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_backbone_starts_from_torchvisions_weights(monkeypatch):
+    """All but their last layer; the others of the network start as without them."""
+    known = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: known)  # no network
+    torch.manual_seed(0)
+    model = BEVSegmenter(Config(backbone="resnet18"), "IMAGENET1K_V1")
+    torch.manual_seed(0)
+    plain = BEVSegmenter(Config(backbone="resnet18")).state_dict()
+    for name, value in model.state_dict().items():
+        start = known[name.removeprefix("backbone.")] if name.startswith("backbone.") else plain[name]
+        assert torch.equal(value, start), name
 
 
 def test_a_backbone_that_has_learnt_keeps_adamw():

@@ -142,7 +142,7 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin -2: give -1 or more"),
     ("03_pretrain.py", ["--temporal-weight", "nan"], "argument --temporal-weight: invalid not_negative value: 'nan'"),
     ("04_finetune.py", ["--image", "-1"], "argument --image: invalid not_negative value: '-1'"),
-    ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed 10000000000000000: give a number from 0 to"),
+    ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed is a number from 0 to 2^32 - 1"),
     ("03_pretrain.py", ["--name", "frames"], "--name frames: this is no name, or what is there is written by others"),
     ("03_pretrain.py", ["--name", "pretrain.previous"], "--name pretrain.previous: this is no name, or"),
     ("04_finetune.py", ["--name", ""], "--name : this is no name, or"),

@@ -148,8 +148,7 @@ def drive(places, hide=(), pitch=0.0):
     """Frames-like: one scene of a car at the given (x m, y m, yaw degrees), whose six cameras label what is painted.
 
     The pixels' rays are cut with the ground here, by numpy. hide: pairs (frame, camera) that see nothing but a lorry.
-    pitch: degrees by which the cameras look down more than the scene's poses say, as if the ground rose ahead.
-    """
+    pitch: degrees by which the cameras look down more than the scene's poses say, as if the ground rose ahead."""
     a = math.radians(pitch)
     nose_down = torch.tensor([[math.cos(a), 0, math.sin(a), 0], [0, 1, 0, 0], [-math.sin(a), 0, math.cos(a), 0],
                               [0, 0, 0, 1]])

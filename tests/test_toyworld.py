@@ -104,8 +104,7 @@ def projected(world, what, undo_offset=True, mirror=False, shift=0.0):
     pixels (N, 2) and the scale there, in pixels a metre (N,).
 
     The way of NuScenesMapExplorer.render_map_in_image: world -> ego at the camera's time -> camera -> view_points.
-    mirror (left and right swapped) and shift (m, ahead and to the left) spoil the points in the ego frame.
-    """
+    mirror (left and right swapped) and shift (m, ahead and to the left) spoil the points in the ego frame."""
     root, nusc, renderers, truth = world
     for scene, location, frame, sample in key_frames(nusc):
         points = map_points(NuScenesMap(str(root), location), what)

@@ -838,8 +838,7 @@ def rings(geometry):
 class Ground:
     """The ground as a raster: cell (row, column) covers [y0 + row * TEXEL, ...) x [x0 + column * TEXEL, ...).
 
-    mips[k] (H / 2^k, W / 2^k, 3) uint8 RGB, lit; labels (H, W) uint8.
-    """
+    mips[k] (H / 2^k, W / 2^k, 3) uint8 RGB, lit; labels (H, W) uint8."""
 
     def __init__(self, scene, rng):
         low, high = scene.ego_path[:, 1:].min(0) - VIEW_RADIUS, scene.ego_path[:, 1:].max(0) + VIEW_RADIUS
@@ -1402,8 +1401,7 @@ def label_iou(predicted, truth):
 def segmenter_loss(outputs, labels, weights):
     """Query i stands for label i, so no matching is needed: the class head learns that, and the masks learn the labels.
 
-    outputs: of the model, B images, Q queries. labels (B, H, W) int64. weights (Q,).
-    """
+    outputs: of the model, B images, Q queries. labels (B, H, W) int64. weights (Q,)."""
     import torch
     from torch.nn import functional as F
     masks = F.interpolate(outputs.masks_queries_logits, labels.shape[-2:], mode="bilinear", align_corners=False)
