@@ -227,7 +227,6 @@ if __name__ == "__main__":
     if not split["train"] + split["val"]:
         sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
 
-    # What there is to do: every RANKS-th scene, but those whose file is there already.
     todo, digests, tracks = {}, {}, {}  # map file -> scenes, map file -> its fingerprint, scene -> (T, 2) m
     for number, scene in enumerate(nusc.scene):
         location = look_up(nusc, "log", scene["log_token"])["location"]

@@ -1,11 +1,8 @@
 """Stage 05: score a checkpoint against the BEV ground truth, and draw what it sees.
 
-Scenes are run frame by frame in their order, and what the last frames have seen is remembered. With `--memory map`, the
-default, the maps that they have predicted are averaged with that of the current one; with `--memory bev`, as in
-BEVFormer, the BEV features of one frame are the history of the next.
-
-`--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV by inverse
-perspective mapping.
+Scenes are run frame by frame, and what the last frames have seen is remembered: `--memory map` averages the maps that
+they have predicted with that of the current one; `bev`, as in BEVFormer, hands on BEV features. `--checkpoint ipm`
+scores the reference that needs no learning: the pseudo-labels lifted straight into BEV by inverse perspective mapping.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
 Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
@@ -134,6 +131,7 @@ def from_best_to_worst(quality, pictures):
     return [ranked[round(place)] for place in places.tolist()[:pictures]]
 
 
+@watched()
 def draw_sheet(frames, model, config, index, title, memory):
     """The contact sheet of one key frame; its scene is run anew, as the prediction knows the frames before it."""
     scene, t = frames.samples[index]

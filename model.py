@@ -9,7 +9,8 @@ attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights
 loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
-cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels. Axes: see reproject.py.
+cells of a BEV grid, Q = H*W queries, S feature maps of h' x w' pixels, R (camera, query) pairs, h x w pixels of an
+image. Axes: see reproject.py.
 """
 import importlib
 import json
