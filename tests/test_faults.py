@@ -489,22 +489,16 @@ def test_memory_that_runs_out_while_the_segmenter_loads(monkeypatch):
     tally("memory", lambda: stage_1.load_segmenter(str(ROOT / "tests/toy_segmenter"), "cpu"), None, "out of memory")
 
 
-def pretrain(out, *args):
-    """Stage 03 on `out` as a process of its own."""
-    command = [sys.executable, ROOT / "03_pretrain.py", "--out", out, "--preset", "toy", "--batch-size", "1", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ends_in_one_line(process):
+def ends_in_one_line(code, stderr):
     """What sys.exit is told, from outside: the last line of stderr, below the progress bars; no traceback."""
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    assert code == 1 and "Traceback" not in stderr, stderr
     sys.exit(re.split(r"[\r\n]+", stderr.strip())[-1])
 
 
 def test_a_worker_that_is_killed(out, tmp_path):
     shutil.copytree(out, tmp_path / "out")
-    process = pretrain(tmp_path / "out", "--steps", "5000", "--workers", "1", "--name", "b")
+    process = subprocess.Popen([sys.executable, ROOT / "03_pretrain.py", "--out", tmp_path / "out", "--batch-size", "1",
+                                "--steps", "5000", "--workers", "1", "--name", "b"], stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").exists():
         process.kill()
@@ -516,7 +510,8 @@ def test_a_worker_that_is_killed(out, tmp_path):
         workers = [pid for pid in children.read_text().split()
                    if Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() == own]
     os.kill(int(workers[-1]), signal.SIGKILL)
-    tally("killed worker", lambda: ends_in_one_line(process), None, "a worker process was stopped")
+    _, stderr = process.communicate(timeout=120)
+    tally("killed worker", lambda: ends_in_one_line(process.returncode, stderr), None, "a worker process was stopped")
 
 
 def test_damage_seen_from_outside(out, tmp_path):
@@ -526,13 +521,15 @@ def test_damage_seen_from_outside(out, tmp_path):
     whole = bytearray(path.read_bytes())
     whole[whole.index(b"\xff\xd8\xff") + 300] ^= 1  # a bit of a picture
     path.write_bytes(whole)
-    tally("stage 03 from outside", lambda: ends_in_one_line(pretrain(tmp_path / "out")), None, "a.pt is damaged")
+    done = run_script("03_pretrain.py", "--out", tmp_path / "out", "--batch-size", 1)
+    tally("stage 03 from outside", lambda: ends_in_one_line(done.returncode, done.stderr), None, "a.pt is damaged")
     shutil.copytree(out, tmp_path / "full")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "03_pretrain.py", "--out", tmp_path / "full", "--preset", "toy", "--steps", "1",
-         "--name", "b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    tally("stage 03 from outside", lambda: ends_in_one_line(process), None, "b.pt cannot be written (File too large)")
+    small = tmp_path / "small.py"  # a stage under a limit for the size of files
+    small.write_text("import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+                     f"sys.path[0] = {str(ROOT)!r}\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
+    full = run_script(small, ROOT / "03_pretrain.py", "--out", tmp_path / "full", "--steps", 1, "--name", "b")
+    tally("stage 03 from outside", lambda: ends_in_one_line(full.returncode, full.stderr), None,
+          "b.pt cannot be written (File too large)")
     assert not [path for path in (tmp_path / "full").rglob("*") if path.name.endswith(".tmp") or path.name == "b.pt"]
 
 

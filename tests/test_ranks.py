@@ -213,13 +213,13 @@ def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
 
 
 def test_a_second_run_of_that_name_is_refused(world):
-    flags = [sys.executable, ROOT / "03_pretrain.py", "--steps", "2000", "--name", "busy"]
-    first = subprocess.Popen(flags, cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    busy = ROOT / "03_pretrain.py", "--steps", "2000", "--name", "busy"
+    first = subprocess.Popen([sys.executable, *busy], cwd=world, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (world / "out/.busy.pt.lock").exists():
             time.sleep(0.1)
         time.sleep(0.5)
-        second = subprocess.run(flags, cwd=world, capture_output=True, text=True)
+        second = run_script(*busy, cwd=world)
     finally:
         first.kill()
         first.wait()
