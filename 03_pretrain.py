@@ -235,7 +235,7 @@ def draw(votes, config, as_painted):
     return ground_map
 
 
-# Any change of these, be it a comment, makes another consensus; what is stored, and was learnt from it, is refused.
+# Any change of these, be it a comment, makes another consensus: what is stored or was learnt from it is refused.
 FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
 RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS))))
 

@@ -9,8 +9,8 @@ attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights
 loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
-cells of a BEV grid, Q = H*W queries, S feature maps of h' x w' pixels, R (camera, query) pairs, h x w pixels of an
-image. Axes: see reproject.py.
+cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels: of an image, in the
+attentions of a feature map (h' x w' where both occur). Axes: see reproject.py.
 """
 import importlib
 import json
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
 class BEVSegmenter(nn.Module):
     """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top.
 
-    weights: of the backbone, by torchvision's name; they come from the network or its cache."""
+    weights: of the backbone, by torchvision's name; they are downloaded, or come from torchvision's cache."""
 
     def __init__(self, config, weights=None):
         super().__init__()
@@ -225,6 +225,8 @@ class BEVSegmenter(nn.Module):
                         if config.backbone == "resnet10" and not weights else
                         torchvision.models.get_model(config.backbone, weights=weights, norm_layer=BatchNorm))
         except (OSError, RuntimeError, LookupError, ValueError) as error:  # no network, or no such weights
+            if not weights:
+                raise
             sys.exit(f"error: cannot fetch {config.backbone} {weights} ({error}): connect once, or set weights=None in "
                      "the preset (model.py)")
         widths = [64 * 2 ** (s - 1) * backbone.layer1[0].expansion for s in config.stages]
@@ -246,8 +248,8 @@ class BEVSegmenter(nn.Module):
 
     def forward(self, image, K, ego_T_cam, previous=None, has_previous=None):
         """image (B, N, 3, h, w) uint8, K (B, N, 3, 3) in pixels of that image, ego_T_cam (B, N, 4, 4); previous
-        (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool.
-        Returns logits (B, classes, H, W) on the fine grid and the BEV features (B, C, bev_H, bev_W)."""
+        (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool: False where a
+        sample has none. Returns logits (B, classes, H, W) on the fine grid and BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
         # By its own brightness and contrast, so that night and day look alike to the batch norms; black stays finite.
         image = image - image.mean((1, 3, 4), keepdim=True, dtype=torch.float32)

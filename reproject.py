@@ -705,7 +705,7 @@ def watched():
     lost = "error: a worker process was stopped, perhaps for want of memory: use fewer --workers"
     try:
         yield
-    except (EOFError, ConnectionError):  # it was stopped just as it handed over a batch
+    except (EOFError, ConnectionResetError, ConnectionRefusedError):  # it was stopped just as it handed over a batch
         sys.exit(lost)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
