@@ -3,6 +3,7 @@ import argparse
 import importlib
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -535,17 +536,22 @@ def test_orthogonal_of_a_nearly_singular_matrix(shape):
     assert (orthogonal(matrix.float()) - expected).norm() < 0.01 * expected.norm()
 
 
-def test_a_backbone_starts_from_torchvisions_weights(monkeypatch):
-    """All but their last layer; the others of the network start as without them."""
-    known = torchvision.models.resnet18().state_dict()
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: known)  # no network
+def test_a_backbone_starts_from_torchvisions_weights(monkeypatch, tmp_path):
+    """All but their last layer; the others of the network start as without them. A run that goes on fetches nothing."""
+    known, fetched = torchvision.models.resnet18().state_dict(), []
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict",  # no network
+                        lambda *_, **__: fetched.append(0) or known)
+    config, args = Config(backbone="resnet18", weights="IMAGENET1K_V1"), argparse.Namespace(init="scratch")
     torch.manual_seed(0)
-    model = BEVSegmenter(Config(backbone="resnet18"), "IMAGENET1K_V1")
+    model = initial_model(args, config, tmp_path / "a.pt")
     torch.manual_seed(0)
-    plain = BEVSegmenter(Config(backbone="resnet18")).state_dict()
+    plain = BEVSegmenter(config).state_dict()
     for name, value in model.state_dict().items():
         start = known[name.removeprefix("backbone.")] if name.startswith("backbone.") else plain[name]
         assert torch.equal(value, start), name
+    save_pt({"model": plain, "config": asdict(config), "args": vars(args), "step": 1}, tmp_path / "a.pt")
+    initial_model(args, config, tmp_path / "a.pt")
+    assert len(fetched) == 1
 
 
 def test_a_backbone_that_has_learnt_keeps_adamw():
