@@ -74,6 +74,7 @@ MAIN = {  # {name: (stage, flags, start)}: what the claim rests on
     # A few streets are soon learnt by heart: small steps, away from a network that knows all of them by sight.
     "pretraining + 10%": tuned(0.1, 200, "pretraining alone", "--lr", 1.5e-4),
 }
+PAPER = ["--target", "rendered", "--image", 0]
 ROWS = MAIN | {  # what belongs beside it
     "supervised 100%, 600 steps": supervised(600),
     "supervised 100%, 1200 steps": supervised(1200),
@@ -81,8 +82,8 @@ ROWS = MAIN | {  # what belongs beside it
     "supervised 50%": supervised(600, 0.5),  # fewer scenes are learnt by heart in fewer steps
     "supervised 10%": supervised(300, 0.1),
     "pretraining, 300 steps, + 100%": tuned(1.0, 1150, "pretraining, 300 steps"),
+    "losses of the paper, 1500 steps": ("03_pretrain.py", ["--steps", 1500, *PAPER, "--temporal", "smear"], None),
 }
-PAPER = ["--target", "rendered", "--image", 0]
 ABLATIONS = {name: ("03_pretrain.py", ["--steps", 300, *flags], None) for name, flags in {
     "all": [],
     "one view": ["--view-range", 0],
