@@ -705,7 +705,9 @@ def watched():
     lost = "error: a worker process was stopped, perhaps for want of memory: use fewer --workers"
     try:
         yield
-    except (EOFError, ConnectionResetError, ConnectionRefusedError):  # it was stopped just as it handed over a batch
+    except (EOFError, ConnectionResetError, ConnectionRefusedError) as error:  # stopped as it handed over a batch
+        if "Caught" in str(error):
+            raise  # a mistake in the code of a worker
         sys.exit(lost)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):

@@ -462,6 +462,8 @@ def test_memory_that_runs_out():
     for error in (EOFError(), ConnectionResetError()):  # of a worker that was killed while it handed over a batch
         with pytest.raises(SystemExit, match="error: a worker process was stopped"):
             fails(error)
+    with pytest.raises(EOFError):  # a mistake of its own is none
+        fails(EOFError("Caught EOFError in DataLoader worker process 0."))
     for message in ("shapes cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nshapes"):
         with pytest.raises(RuntimeError, match="shapes"):  # what is no fault of the machine stays an exception
             fails(RuntimeError(message))
