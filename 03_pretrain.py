@@ -40,10 +40,11 @@ from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRI
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
 TEMPORAL = {"off": 0.0, "within": 5.0, "smear": 0.5}  # the usual weight of each form of the temporal loss
-STRAY = 2  # a cell between dashes is drawn where more walks than this, from different cells of the line, cross it
+STRAY = 3  # a cell between dashes is drawn where more walks than this, from different cells of the line, cross it
 # Thin classes: the longest gap in m that is no gap (parked cars, most dashes), the same between two dashes (in the US
 # 9 m are usual), the shortest line (no stop line, no arrow).
 LINES = {"divider": (7.0, 11.0, 6.0), "boundary": (3.0, 3.0, 0.0)}
+BENDS = (0.0, 0.01, -0.01, 0.02, -0.02)  # 1/m; how lines may be curved, or they could not be followed over gaps
 
 
 def parse_args():
@@ -138,7 +139,10 @@ def middle_of_lines(share):
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
     stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
     stroke = stroke / stroke.sum((1, 2), keepdim=True)
-    row, column = (share > 0.25).nonzero(as_tuple=True)
+    # In the middle of paint that is 0.1 m wide, the share is 0.2, in 0.3 m it is 0.5: so ask what the best here have.
+    some = share[share > 0.1]
+    least = min(0.25, 0.7 * some.quantile(0.9).item()) if len(some) else 0.25
+    row, column = (share > least).nonzero(as_tuple=True)
     around = F.pad(share, [radius] * 4).unfold(0, len(dx), 1).unfold(1, len(dx), 1)[row, column]  # (P, n, n)
     # A high power of each stroke's response, so that only the best count: a parallel line, a metre aside (a median
     # strip has two kerbs), does not turn this one.
@@ -157,7 +161,7 @@ def middle_of_lines(share):
 
 def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
     """Go along the line from each of its cells; where it goes on within `gap` metres, what lies between belongs to it.
-    From a dash it may go on within `dash_gap` metres.
+    From a dash it may go on within `dash_gap` metres. Of the BENDS, a cell takes the one on which it meets most line.
 
     The first arguments are as middle_of_lines returns them. Cells from which the line goes on for less than `shortest`
     metres, both ways together, are left out. Returns the cells of the joined lines (X, Y) bool."""
@@ -167,19 +171,28 @@ def join_dashes(row, column, direction, shape, gap, dash_gap, shortest):
     line = F.max_pool2d(line[None, None], 3, 1, 1)[0, 0]  # a cell to the side still hits it (of two, the larger angle)
     steps = torch.arange(1, round(dash_gap / RASTER) + 1)
     steps = torch.cat((-steps.flip(0), steps))  # back and ahead: (S,)
-    x = (row[:, None] + steps * direction.cos()[:, None]).round().long().clamp(0, shape[0] - 1)  # (P, S)
-    y = (column[:, None] + steps * direction.sin()[:, None]).round().long().clamp(0, shape[1] - 1)
-    turn = (line[x, y] - direction[:, None] + math.pi / 2) % math.pi - math.pi / 2
-    goes_on = (line[x, y] > nothing) & (turn.abs() < 0.15)  # 9 degrees
-    # A cell of a dash has less than 4 m of line in the 10 m around it. Where a solid line ends, there is more.
-    dash = (goes_on & (steps.abs() <= 5 / RASTER)).sum(1, keepdim=True) < 4 / RASTER  # (P, 1)
+    row, column, direction = (values[:, None] for values in (row, column, direction))  # (P, 1) each
+    x = y = torch.zeros(len(row), len(steps), dtype=torch.long)  # (P, S) each: where the walk leads
+    goes_on = x.bool()  # where it meets the line
+    for bend in BENDS:
+        turned = bend * RASTER * steps  # radians, away from the direction of the cell: (S,)
+        aside = turned * steps / 2  # cells
+        x_bent = (row + steps * direction.cos() - aside * direction.sin()).round().long().clamp(0, shape[0] - 1)
+        y_bent = (column + steps * direction.sin() + aside * direction.cos()).round().long().clamp(0, shape[1] - 1)
+        there = line[x_bent, y_bent]
+        turn = (there - direction - turned + math.pi / 2) % math.pi - math.pi / 2
+        meets = (there > nothing) & (turn.abs() < 0.15)  # 9 degrees
+        better = meets.sum(1, keepdim=True) > goes_on.sum(1, keepdim=True)
+        x, y, goes_on = (torch.where(better, *pair) for pair in ((x_bent, x), (y_bent, y), (meets, goes_on)))
+    # A cell of a dash has less than 4.5 m of line in the 10 m around it. Where a solid line ends, there are 5.
+    dash = (goes_on & (steps.abs() <= 5 / RASTER)).sum(1, keepdim=True) < 4.5 / RASTER  # (P, 1)
     goes_on &= dash | (steps.abs() <= round(gap / RASTER))
     first, last = (goes_on * steps).aminmax(dim=1, keepdim=True)  # (P, 1) each; 0: nowhere
     long = last - first >= shortest / RASTER
     between = (steps >= first) & (steps <= last) & long  # (P, S)
     walks = torch.zeros(shape)  # how many of them came through each cell
     walks.view(-1).index_add_(0, (x * shape[1] + y)[between], torch.ones(between.sum()))
-    walks[row[long[:, 0]], column[long[:, 0]]] = STRAY + 1
+    walks[row[long], column[long]] = STRAY + 1
     return walks > STRAY
 
 
@@ -237,7 +250,7 @@ def draw(votes, config, as_painted):
 
 # Any change of these, be it a comment, makes another consensus: what is stored or was learnt from it is refused.
 FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
-RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, *map(inspect.getsource, FUNCTIONS))))
+RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, BENDS, *map(inspect.getsource, FUNCTIONS))))
 
 
 # ---------------------------------------------------------------- losses

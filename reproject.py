@@ -514,14 +514,19 @@ def load_pt(path, remedy):
 
 def load_artifact(path, remedy, keys=()):
     """Read a file of frames/, bev_gt/ or a consensus whose `keys` have an entry for each key frame: "image" and "bev"
-    exactly one, the others perhaps more, for the views of --sweeps."""
+    exactly one, the others perhaps more, for the views of --sweeps.
+
+    In a file of one's own making, meta["source"] may be a text, and meta["cameras"] be left out: then they are ours."""
     content = load_pt(path, remedy)
     if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
-            or not isinstance(content["meta"], dict) or not isinstance(content["meta"].get("source"), dict)
+            or not isinstance(content["meta"], dict) or not isinstance(content["meta"].get("source"), (dict, str))
             or any(len(content[key]) < len(content["token"]) or
                    (key in ("image", "bev") and len(content[key]) > len(content["token"])) for key in keys)):
         sys.exit(f"error: {path} is no file of stage 01, 02 or 03: {remedy}")
-    return content
+    meta = {"cameras": list(CAMERAS)} | content["meta"]
+    if isinstance(meta["source"], str):
+        meta["source"] = {"text": meta["source"]}
+    return content | {"meta": meta}
 
 
 def read_image(path, remedy):
@@ -604,6 +609,8 @@ class Frames(torch.utils.data.Dataset):
             path = Path(out) / "frames" / f"{scene}.pt"
             frames = load_artifact(path, "run 01_pseudolabel.py", FRAMES_KEYS)
             check_meta(path, frames["meta"], meta, FRAMES_META, "run 01_pseudolabel.py with this --preset")
+            frames |= {key: frames[key].float() for key in ("K", "ego_T_cam")}  # whatever one's own file has
+            frames["world_T_ego"] = frames["world_T_ego"].double()
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"

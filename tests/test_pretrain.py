@@ -246,7 +246,7 @@ def test_views_between_key_frames_vote():
 
 def test_parallel_lines_are_told_apart():
     """The two kerbs of a median strip, 1.2 m apart, at 20 degrees to the rows: both have their middle and direction.
-    A line of too few votes has none, a round spot next to none."""
+    A faint line beside them has none, a round spot next to none."""
     x, y = torch.meshgrid(*[torch.arange(150.0)] * 2, indexing="ij")
     angle, metres = math.radians(20), stage.RASTER
     aside = metres * ((y - 70) * math.cos(angle) - (x - 75) * math.sin(angle))  # of the first kerb
@@ -258,9 +258,37 @@ def test_parallel_lines_are_told_apart():
         found = inside & ((aside[row, column] - place).abs() < 0.6 * metres)
         assert len(row[found].unique()) == 119  # in each row
     assert (((aside[row, column] - 0.6).abs() - 0.6).abs() < 1.5 * metres)[inside].all()  # and nothing between
-    assert not len(stage.middle_of_lines(0.2 * sum(kerbs))[0])
+    faint = stage.middle_of_lines(torch.cat((0.5 * sum(kerbs), 0.2 * sum(kerbs))))[0]
+    assert (faint < 150).any() and not (faint > 160).any()
     spot = torch.exp(-((x - 75) ** 2 + (y - 75) ** 2) * (metres / 0.5) ** 2 / 2)
     assert (spot > 0.25).sum() > 50 and len(stage.middle_of_lines(spot)[0]) < 5
+
+
+@pytest.mark.parametrize("width", (0.1, 0.15, 0.3))
+def test_paint_of_any_width_is_a_line(width):
+    """Votes as `draw` blurs them: where all paint of a scene is thin, no cell has many."""
+    across = stage.RASTER * (torch.arange(41) - 20.25)
+    share = [0.5 * math.erf((y + width / 2) / 0.2 / 2 ** 0.5) - 0.5 * math.erf((y - width / 2) / 0.2 / 2 ** 0.5)
+             for y in across.tolist()]
+    row, column, _ = stage.middle_of_lines(torch.tensor(share).expand(60, -1).contiguous())
+    assert row.unique().tolist() == list(range(60)) and (column - 20).abs().max() <= 1
+    assert not len(stage.middle_of_lines(0.09 * torch.tensor(share).expand(60, -1) / max(share))[0])
+
+
+@pytest.mark.parametrize("radius", (50, 80, 150, 1e4))
+def test_dashes_are_joined_around_bends(radius):
+    """3 m of paint, 9 m without, on a circle: middle of the line drawn, its length, and nothing far from it."""
+    along = torch.arange(0, 60, stage.RASTER / 2)
+    angle = along[along % 12 < 3] / radius
+    row, column = (x / stage.RASTER for x in (5 + radius * angle.sin(), 5 + radius * (1 - angle.cos())))
+    cells = torch.stack((row.round().long(), column.round().long(), angle.mul(1e4).long())).unique(dim=1)
+    size = (450, 40 + int(column.max()) + 40)
+    line = stage.join_dashes(cells[0], cells[1], cells[2] / 1e4, size, *stage.LINES["divider"])
+    x, y = ((stage.RASTER * place) for place in line.nonzero().float().unbind(1))
+    off = ((x - 5) ** 2 + (y - 5 - radius) ** 2).sqrt() - radius
+    assert off.abs().max() < 0.35
+    found = (radius * torch.atan2(x - 5, 5 + radius - y)).round().unique()
+    assert set(range(0, 51)) <= set(found.int().tolist())  # the last dash begins at 48 m
 
 
 def test_a_stop_line_is_no_divider():

@@ -79,7 +79,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("04_finetune.py", ["--init", "scratch"])))
 def test_two_processes_have_the_loss_curve_of_one(world, script, flags):
-    flags = *flags, "--steps", 3, "--batch-size", 4, "--lr", 2e-5, "--name"
+    flags = *flags, "--steps", 3, "--lr", 2e-5, "--name"  # one sample a process and step
     run(script, *flags, "one", cwd=world)
     torchrun(script, *flags, "two", cwd=world)
     one, two = (load(world / f"out/{name}.pt") for name in ("one", "two"))

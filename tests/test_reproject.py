@@ -249,6 +249,24 @@ def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
     assert (seen[1, CAMERAS.index("CAM_FRONT_RIGHT"), :, 100, 225] == 9).all() and seen.sum() == 27
 
 
+def test_frames_and_truth_of_ones_own_making(tmp_path):
+    """Files that another program wrote: meta has no cameras and a text for its source, matrices another precision."""
+    config = PRESETS["toy"]
+    write_scene(tmp_path, "a", config, [0.0, 0.5])
+    ours = Frames(tmp_path, ["a"], config, bev_gt=True)[1]
+    for folder, matrices in (("frames", {"K": torch.float64, "ego_T_cam": torch.float64, "world_T_ego": torch.float32}),
+                             ("bev_gt", {})):
+        content = torch.load(tmp_path / folder / "a.pt", weights_only=True)
+        del content["meta"]["cameras"]
+        content["meta"]["source"] = "a simulator, version 2"
+        save_pt(content | {key: content[key].to(kind) for key, kind in matrices.items()}, tmp_path / folder / "a.pt")
+    theirs = Frames(tmp_path, ["a"], config, bev_gt=True)
+    assert all(theirs[1][key].dtype == value.dtype and torch.equal(theirs[1][key], value)
+               for key, value in ours.items() if key not in ("index", "world_T_ego"))
+    torch.testing.assert_close(theirs[1]["world_T_ego"], ours["world_T_ego"], atol=1e-4, rtol=0)
+    assert theirs.scenes[0]["meta"]["source"] == {"text": "a simulator, version 2"}
+
+
 def test_digest_tells_labels_apart(tmp_path):
     """What a half-done training is compared by: same files, same digest; other labels or scenes, another one."""
     config = PRESETS["toy"]
