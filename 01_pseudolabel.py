@@ -13,9 +13,9 @@ Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], t
 
 Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.
 """
-import argparse
 import logging
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,8 +54,7 @@ LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the networ
 
 def parse_args():
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description="Stage 01: a Mask2Former labels every camera image.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
     parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
     parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
@@ -100,9 +99,7 @@ def segmenter_names(name):
 
 @watched()
 def load_segmenter(name, device):
-    """The Mask2Former, as a function: images (B, 3, h, w) uint8 -> class logits (B, Q, L + 1), mask logits (B, Q, ...).
-
-    The last class is "no object"; the masks come at a quarter of the images' size."""
+    """A function: images (B, 3, h, w) uint8 -> class logits (B, Q, L + 1) and mask logits (B, Q, h / 4, w / 4)."""
     from safetensors import SafetensorError
     from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
     try:
@@ -262,8 +259,7 @@ if __name__ == "__main__":
               "segmenter": Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter,
               "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence, "sweeps": args.sweeps}
 
-    # What there is to do: this process's share of the scenes, but those whose file is there already. (The share comes
-    # first: as files appear meanwhile, each process would share out another list.)
+    # The share comes first: as files appear meanwhile, each process would share out another list.
     share, todo = nusc.scene[RANK::RANKS], []
     for scene in share:
         samples = key_frames(nusc, scene)

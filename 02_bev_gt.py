@@ -15,8 +15,8 @@ A cell belongs to a class if and only if its centre does:
 Where classes overlap, boundary wins over divider, and divider over ped_crossing: a line must not vanish in the wide
 polygon that it crosses, and of two lines the one that a wheel must not cross matters more.
 """
-import argparse
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +41,7 @@ NEAR = 5.0  # m; a key frame that is so near one to train on shows the same stre
 
 def parse_args():
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description="Stage 02: rasterise the map into BEV ground truth.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataroot", default="data/toy", help="folder of the nuScenes data set")
     parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")

@@ -21,10 +21,10 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every
     python 03_pretrain.py
     torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 7500 --batch-size 32 --lr 4e-4 --workers 8
 """
-import argparse
 import inspect
 import math
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 import torch
@@ -49,8 +49,7 @@ BENDS = (0.0, 0.01, -0.01, 0.02, -0.02)  # 1/m; how lines may be curved, or they
 
 def parse_args():
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description="Pretrain by reprojection: no BEV label is read.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--split", default="official", choices=SPLITS, help="which one's train scenes (02_bev_gt.py)")

@@ -13,8 +13,8 @@ Writes out/finetune.pt, every minute and at the end, and with it .previous.pt, .
     python 04_finetune.py
     python 04_finetune.py --init scratch --labels 1.0 --steps 2400 --name scratch_100
 """
-import argparse
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 import torch
@@ -26,8 +26,7 @@ from reproject import (CLASS_WEIGHTS, SPLITS, Frames, check_training, claim, fin
 
 def parse_args():
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description="Fine-tune on a share of the BEV labels, or train from scratch.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="sizes of network, images and grid (model.py)")
     parser.add_argument("--split", default="official", choices=SPLITS, help="which one's train scenes (02_bev_gt.py)")

@@ -17,9 +17,9 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
     python 05_eval.py --checkpoint ipm
     python 05_eval.py --images my_car/images --calibration my_car/rig.json
 """
-import argparse
 import re
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,7 @@ VIEWS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM
 
 def parse_args():
     """The flags of this stage."""
-    parser = argparse.ArgumentParser(description="IoU table, metrics.json and pictures of a checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder of the artifacts")
     parser.add_argument("--checkpoint", default="{out}/finetune.pt", help="a checkpoint of 03 or 04, or ipm")
     parser.add_argument("--split", default="val", choices=(*SPLITS, *sum(SPLITS.values(), ())),
@@ -67,25 +66,19 @@ def one_hot(label):
     return torch.stack([label == c for c in range(NUM_CLASSES)], -3).float()
 
 
-def inverse_perspective(frame, grid):
-    """The pseudo-labels of one key frame, lifted into BEV as scores (1, classes, H, W). Ignored pixels score 0 in all
-    classes and so have no say, neither here nor in what `remember` averages; where no pixel has one, argmax takes
-    background."""
-    return lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], grid)
-
-
 @torch.no_grad()
 def predict(frames, model, config, scenes, memory="map"):
     """Yield (index, frame, BEV logits (1, classes, H, W)) for the key frames of these scenes (their numbers).
     memory: see --memory; model: None for `ipm`."""
     bev, pose, past = None, None, []
     for index in (i for i, (scene, _) in enumerate(frames.samples) if scene in scenes):
-        frame = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([frames[index]]).items()}
+        frame = {k: v[None].to(DEVICE) for k, v in frames[index].items() if k != "token"}
         frame |= {k: frame[k][:, -1] for k in ("image", "K", "ego_T_cam", "world_T_ego", "linked")}
         if model:
             logits, bev = step(model, frame, bev if memory == "bev" else None, pose)
-        else:
-            logits = inverse_perspective(frame, config.grid).clamp(min=1e-6).log()
+        else:  # ignored pixels score 0 in all classes: they have no say, neither here nor in what `remember` averages
+            scores = lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], config.grid)  # (1, classes, H, W)
+            logits = scores.clamp(min=1e-6).log()
         if memory == "map":
             logits = remember(past, logits, frame, config.grid)
         pose = frame["world_T_ego"]
@@ -159,9 +152,7 @@ def camera_block(images, classes):
 
 
 def error_map(prediction, truth):
-    """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8.
-
-    A cell of one class that is taken for another is missed. Background that is known as such stays GROUND."""
+    """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8."""
     hit, found = torch.where(prediction == truth, 1, 2), torch.where(prediction > 0, 3, 0)  # 1 to 3 as in ERRORS
     error = torch.where(truth > 0, hit, found)
     error[truth == IGNORE] = 4

@@ -570,12 +570,12 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     waited, saved, began = 0, time.time(), time.time()
     for i in bar:
         model.zero_grad()
-        total, losses, batch_parts = 0, {}, []
+        total, losses, tokens = 0, {}, []
         for part in range(1, args.accumulate + 1):
             asked = time.time()
             batch = next(batches)
             waited += time.time() - asked
-            batch_parts.append(batch)
+            tokens += batch.pop("token")
             batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
             loss_of.require_backward_grad_sync = part == args.accumulate  # ranks share gradients with the last part
             with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
@@ -585,7 +585,6 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             losses |= {name: losses.get(name, 0) + value.detach() / args.accumulate for name, value in parts.items()}
         norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         if not (total.isfinite() and norm.isfinite()):
-            tokens = sum(map(data.tokens, batch_parts), [])
             sys.exit(f"error: step {i} has loss {total.item()}, gradient {norm.item()}, samples {tokens}: "
                      f"use a smaller --lr and another --name (the last good weights, if any were saved: {path})")
         optimizer.step(learning_rate(i, args.steps, args.lr))

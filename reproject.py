@@ -512,13 +512,18 @@ def load_pt(path, remedy):
         sys.exit(f"error: {path} is damaged or no .pt file of this project: {remedy}")
 
 
+def is_classes(x):
+    """Whether a tensor has nothing but class indices and IGNORE."""
+    return not x.is_floating_point() and ((x < NUM_CLASSES) | (x == IGNORE)).all().item()
+
+
 def load_artifact(path, remedy, keys=()):
     """Read a file of frames/, bev_gt/ or a consensus whose `keys` have an entry for each key frame: "image" and "bev"
-    exactly one, the others perhaps more, for the views of --sweeps.
+    exactly one, the others perhaps more, for the views of --sweeps. Adds "digest", a fingerprint of all that is in it.
 
     In a file of one's own making, meta["source"] may be a text, and meta["cameras"] be left out: then they are ours."""
     content = load_pt(path, remedy)
-    if (not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
+    if (not zipfile.is_zipfile(path) or not isinstance(content, dict) or not {"meta", "token", *keys} <= content.keys()
             or not isinstance(content["meta"], dict) or not isinstance(content["meta"].get("source"), (dict, str))
             or any(len(content[key]) < len(content["token"]) or
                    (key in ("image", "bev") and len(content[key]) > len(content["token"])) for key in keys)):
@@ -526,7 +531,8 @@ def load_artifact(path, remedy, keys=()):
     meta = {"cameras": list(CAMERAS)} | content["meta"]
     if isinstance(meta["source"], str):
         meta["source"] = {"text": meta["source"]}
-    return content | {"meta": meta}
+    with zipfile.ZipFile(path) as file:
+        return content | {"meta": meta, "digest": fingerprint(repr([part.CRC for part in file.infolist()]))}
 
 
 def read_image(path, remedy):
@@ -544,11 +550,6 @@ def encode(image, kind):
     file = io.BytesIO()
     image.save(file, kind, quality=95)
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-
-
-def decode(data):
-    """What `encode` has written, as an array again: (h, w, 3) or, for a grey picture, (h, w), uint8."""
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(data.numpy().tobytes()))))
 
 
 def read_splits(out, *sides):
@@ -594,9 +595,9 @@ class Frames(torch.utils.data.Dataset):
     An item is a dict (T = history + 1 frames in time order, the last one is the current frame; N = 6 cameras):
     image (T, N, 3, h, w) uint8, K (T, N, 3, 3), ego_T_cam (T, N, 4, 4), world_T_ego (T, 4, 4) float64,
     linked (T,) bool: frame t continues frame t-1 (False at a scene's first frame and after more than 2 s),
-    label (N, h, w) uint8: pseudo-label of the current frame, index: position in the data set; and bev (H, W) uint8
-    where scenes have a "bev": with bev_gt=True the ground truth, or 03's consensus. Before a scene's first frame that
-    frame is repeated, unlinked. Instead of by its index, ask for a sample by (index, mirrored, frames of history)."""
+    label (N, h, w) uint8: pseudo-label of the current frame, token: its sample token; and bev (H, W) uint8 where
+    scenes have a "bev": with bev_gt=True the ground truth, or 03's consensus. Before a scene's first frame that frame
+    is repeated, unlinked. Instead of by its index, ask for a sample by (index, mirrored, frames of history)."""
 
     def __init__(self, out, scenes, config, history=0, bev_gt=False, consensus=(), settings=()):
         """consensus: {scene: file} of those scenes whose bev comes from 03_pretrain.py instead of the ground truth;
@@ -604,7 +605,8 @@ class Frames(torch.utils.data.Dataset):
         if config.y_range[0] != -config.y_range[1] or set(LEFT_RIGHT.values()) != set(CAMERAS):
             sys.exit(f"error: y_range {config.y_range} (model.py) or CAMERAS (reproject.py): they must be the same to "
                      "the left and to the right, as half of the training samples are mirrored")
-        self.history, self.scenes, self.samples, made_of, meta = history, [], [], [], make_meta(config, None)
+        self.history, self.size, self.scenes, self.samples = history, config.image_size, [], []
+        made_of, meta = [], make_meta(config, None)
         for scene in scenes:
             path = Path(out) / "frames" / f"{scene}.pt"
             frames = load_artifact(path, "run 01_pseudolabel.py", FRAMES_KEYS)
@@ -622,13 +624,15 @@ class Frames(torch.utils.data.Dataset):
                 found, made_with = truth["meta"]["source"], {**frames["meta"]["source"], **dict(settings)}
                 check_meta(path, found, made_with, made_with if learnt else {"drive"} & found.keys() & made_with.keys(),
                            f"delete its folder{' and its checkpoint' if learnt else ''}, {remedy} again")
+                if truth["bev"].shape[1:] != config.grid.shape or not is_classes(truth["bev"]):
+                    sys.exit(f"error: {path}: its bev is no map of {config.grid.shape} cells and our classes: {remedy}")
                 frames["bev"] = truth["bev"]
-                made_of.append(found)
+                made_of.append(truth["digest"])
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]
             self.scenes.append(frames)
-            made_of += [scene, frames["meta"]["source"], frames["token"]]
-        # A training that goes on must go on with the same labels: this says which they are.
-        self.digest = fingerprint(json.dumps(made_of, sort_keys=True))
+            frames["meta"]["source"]["frames"] = frames["digest"]
+            made_of += [scene, frames["digest"]]
+        self.digest = fingerprint(repr(made_of))  # a training that goes on must go on with the same labels
 
     def __len__(self):
         return len(self.samples)
@@ -641,22 +645,22 @@ class Frames(torch.utils.data.Dataset):
         gap = frames["timestamp"].diff(prepend=frames["timestamp"][:1])[times]  # microseconds since the frame before
         linked = (times > 0) & (gap <= MAX_GAP * 1e6)
         item = {"image": torch.stack([self.decode(scene, t, "image").permute(0, 3, 1, 2) for t in times.tolist()]),
-                "label": self.decode(scene, now, "label"), "linked": linked, "index": index}
+                "label": self.decode(scene, now, "label"), "linked": linked, "token": frames["token"][now]}
         item |= {key: frames[key][times] for key in ("K", "ego_T_cam", "world_T_ego")}
         if "bev" in frames:
             item["bev"] = frames["bev"][now]
         return mirror(item) if mirrored else item
 
-    def tokens(self, batch):
-        """The sample tokens of a batch's current frames."""
-        places = (self.samples[index] for index in batch["index"].tolist())
-        return [self.scenes[scene]["token"][t] for scene, t in places]
-
     def decode(self, scene, t, key):
         """The six images (N, h, w, 3) or label maps (N, h, w) of one frame, uint8."""
         try:
-            return torch.stack([decode(data) for data in self.scenes[scene][key][t]])
-        except (OSError, SyntaxError, RuntimeError):  # PIL reports a broken PNG as SyntaxError
+            files = [io.BytesIO(data.numpy().tobytes()) for data in self.scenes[scene][key][t]]
+            pictures = torch.from_numpy(np.stack([Image.open(file) for file in files]))
+            size = self.size if key == "label" else (*self.size, 3)
+            if pictures.shape[1:] != size or (key == "label" and not is_classes(pictures)):
+                raise ValueError
+            return pictures
+        except (OSError, SyntaxError, ValueError):  # PIL reports a broken PNG as SyntaxError
             name = self.scenes[scene]["scene"]
             message = f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py"
             if torch.utils.data.get_worker_info():  # of a worker's errors, only an exception reaches the main process

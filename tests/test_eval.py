@@ -87,12 +87,13 @@ def test_pseudo_labels_that_are_hidden_now_are_not_forgotten():
     """A car that stands, with cameras all around: first they see dividers everywhere, then twice nothing but what hides
     the ground. Where they have seen nothing at all, under the car, there is background."""
     K, ego_T_cam = surround()
-    grid, past = Config().grid, []
-    for label in (1, IGNORE, IGNORE):
-        frame = drive(0) | {"K": K, "ego_T_cam": ego_T_cam,
-                            "label": torch.full((1, 6, 144, 256), label, dtype=torch.uint8)}
-        answer = remember(past, stage.inverse_perspective(frame, grid).clamp(min=1e-6).log(), frame, grid).argmax(1)
-    seen = cells_in_cameras(K, ego_T_cam, (144, 256), grid)[1].any(1)  # (1, H, W)
+    frames = [drive(0) | {"image": torch.zeros(1), "K": K, "ego_T_cam": ego_T_cam,
+                          "label": torch.full((6, 144, 256), label, dtype=torch.uint8)}
+              for label in (1, IGNORE, IGNORE)]
+    frames = type("Frames", (list,), {"samples": [(0, t) for t in range(3)]})(frames)
+    *_, (_, _, logits) = stage.predict(frames, None, Config(), [0])
+    answer = logits.argmax(1)
+    seen = cells_in_cameras(K, ego_T_cam, (144, 256), Config().grid)[1].any(1)  # (1, H, W)
     assert (answer[seen] == 1).all() and 0.5 < seen.float().mean() < 1
     assert not answer[0, 95:105, 45:55].any()  # less than 2.5 m from the middle
 

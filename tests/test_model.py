@@ -602,7 +602,7 @@ class Pictures(torch.utils.data.Dataset):
         image, K, ego_T_cam = frame(1, SMALL, index)
         truth = torch.randint(0, 4, SMALL.grid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
         return {"image": image, "K": K, "ego_T_cam": ego_T_cam, "linked": torch.tensor([False]), "bev": truth,
-                "world_T_ego": pose(0, 0, 0)[None]}
+                "world_T_ego": pose(0, 0, 0)[None], "token": f"sample {index}"}
 
 
 def test_an_empty_split_is_named(tmp_path):
@@ -692,13 +692,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     args = argparse.Namespace(steps=9, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
                               checkpointing=False)
     model, data, losses = BEVSegmenter(SMALL), Pictures(), []
-    data.tokens = lambda batch: ["one", "two"]
 
     def loss_fn(batch):
         losses.append(run_sequence(model, batch)[0].square().mean() * (math.nan if len(losses) == 3 else 1))
         return losses[-1], {"loss": losses[-1]}
 
-    with pytest.raises(SystemExit, match=r"step 3 has loss nan, gradient nan, samples \['one', 'two'\]: use a smaller"):
+    samples = ", ".join(f"'sample {index}'" for index, *_ in batch_samples(4, args, 0, 3)[0])
+    with pytest.raises(SystemExit, match=rf"step 3 has loss nan, gradient nan, samples \[{samples}\]: use a smaller"):
         fit(model, data, loss_fn, args, tmp_path / "a.pt", minutes=0)
     kept = [load_checkpoint(tmp_path / name, "")[0] for name in ("a.pt", "a.previous.pt")]
     assert [checkpoint["step"] for checkpoint in kept] == [3, 2]

@@ -262,9 +262,9 @@ def test_frames_and_truth_of_ones_own_making(tmp_path):
         save_pt(content | {key: content[key].to(kind) for key, kind in matrices.items()}, tmp_path / folder / "a.pt")
     theirs = Frames(tmp_path, ["a"], config, bev_gt=True)
     assert all(theirs[1][key].dtype == value.dtype and torch.equal(theirs[1][key], value)
-               for key, value in ours.items() if key not in ("index", "world_T_ego"))
+               for key, value in ours.items() if key not in ("token", "world_T_ego"))
     torch.testing.assert_close(theirs[1]["world_T_ego"], ours["world_T_ego"], atol=1e-4, rtol=0)
-    assert theirs.scenes[0]["meta"]["source"] == {"text": "a simulator, version 2"}
+    assert theirs.scenes[0]["meta"]["source"]["text"] == "a simulator, version 2"
 
 
 def test_digest_tells_labels_apart(tmp_path):
@@ -276,9 +276,15 @@ def test_digest_tells_labels_apart(tmp_path):
     assert Frames(tmp_path, ["a"], config, bev_gt=True).digest == first
     assert Frames(tmp_path, ["b"], config, bev_gt=True).digest != first
     frames = torch.load(tmp_path / "frames/a.pt", weights_only=True)
-    frames["meta"]["source"]["min_confidence"] = 0.7
+    frames["label"][1][5][-20] += 1  # a bit, near the end of a picture
     save_pt(frames, tmp_path / "frames/a.pt")
-    assert Frames(tmp_path, ["a"], config, bev_gt=True).digest != first
+    second = Frames(tmp_path, ["a"], config, bev_gt=True).digest
+    assert second != first
+    truth = torch.load(tmp_path / "bev_gt/a.pt", weights_only=True)
+    truth["bev"][1, 7, 7] = 1
+    save_pt(truth, tmp_path / "bev_gt/a.pt")
+    assert Frames(tmp_path, ["a"], config, bev_gt=True).digest != second
+    assert Frames(tmp_path, ["a"], config).digest == Frames(tmp_path, ["a"], config).digest
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -292,6 +298,12 @@ def test_digest_tells_labels_apart(tmp_path):
     (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"], "bev": [0]}, out / "bev_gt/a.pt"),
      "other key frames"),
     (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01, 02 or 03: run 01"),
+    (lambda out, config: torch.save(torch.load(out / "frames/a.pt"), out / "frames/a.pt",
+                                    _use_new_zipfile_serialization=False), "a.pt is no file of stage 01, 02 or 03"),
+    (lambda out, config: save_pt(load_pt(out / "bev_gt/a.pt", "") | {"bev": torch.zeros(1, 100, 200).byte()},
+                                 out / "bev_gt/a.pt"), "a.pt: its bev is no map of (200, 100) cells and our classes"),
+    (lambda out, config: save_pt(load_pt(out / "bev_gt/a.pt", "") | {"bev": torch.full((1, 200, 100), 4)},
+                                 out / "bev_gt/a.pt"), "a.pt: its bev is no map of (200, 100) cells and our classes"),
 ])
 def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     config = PRESETS["toy"]
@@ -300,6 +312,22 @@ def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     with pytest.raises(SystemExit) as stop:
         Frames(tmp_path, ["a"], config, bev_gt=True)
     assert says in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("key, picture", (
+    ("label", Image.new("L", (256, 144), 4)), ("label", Image.new("L", (128, 72))),
+    ("label", Image.new("RGB", (256, 144))), ("image", Image.new("L", (256, 144))),
+    ("image", Image.new("RGB", (128, 72)))))
+def test_pictures_that_cannot_be_are_one_line(tmp_path, key, picture):
+    """A class that there is not, another size, grey for coloured and the other way round; all six of a frame alike."""
+    write_scene(tmp_path, "a", PRESETS["toy"], [0.0, 0.5])
+    content = load_pt(tmp_path / "frames/a.pt", "")
+    content[key][1] = [encode(picture, "PNG")] * 6
+    save_pt(content, tmp_path / "frames/a.pt")
+    frames = Frames(tmp_path, ["a"], PRESETS["toy"])
+    frames[0]
+    with pytest.raises(SystemExit, match=f"frames/a.pt: {key} of frame 1 is damaged: delete the file"):
+        frames[1]
 
 
 def test_save_pt_is_whole_or_not_at_all(tmp_path):
