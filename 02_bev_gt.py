@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from model import PRESETS
 from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, drive_of, fingerprint, is_finished, keep_freed_memory,
-                       key_frames, look_up, make_meta, open_tables, positive, read_json, save_json, save_pt, watched,
+                       key_frames, look_up, make_meta, open_tables, read_json, save_json, save_pt, watched,
                        world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument("--version", default="v1.0-trainval", help="version of its tables: the folder's name")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
     parser.add_argument("--out", default="out", help="folder of everything the stages write")
-    parser.add_argument("--geo-distance", type=positive, default=50.0, help="m; geo: nearer scenes stay on one side")
+    parser.add_argument("--geo-distance", type=float, default=50.0, help="m; geo: nearer scenes stay on one side")
     parser.add_argument("--workers", type=int, default=2, help="processes that rasterise (0: this one alone)")
     return parser.parse_args()
 
@@ -217,8 +217,8 @@ def share_near(tracks, scenes, train):
 
 if __name__ == "__main__":
     args = parse_args()
-    if args.workers < 0:
-        sys.exit("error: --workers is at least 0")
+    if args.workers < 0 or not 0 < args.geo_distance < np.inf:
+        sys.exit("error: --workers is at least 0, and --geo-distance a number above 0")
 
     config, folder, listing = PRESETS[args.preset], Path(args.out) / "bev_gt", Path(args.out) / "splits.json"
     nusc = open_tables(NuScenes, args.dataroot, args.version)

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES,
-                       RANK, RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, fingerprint, is_finished,
-                       join_ranks, load_artifact, make_meta, not_negative, pixels_to_ground, positive, read_splits,
-                       relative_pose, render, save_pt, sum_over_ranks, warp, watched)
+from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, RANK,
+                       RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, fingerprint, is_finished,
+                       join_ranks, load_artifact, make_meta, pixels_to_ground, read_splits, relative_pose, render,
+                       save_pt, sum_over_ranks, warp, watched)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
 RASTER = 0.15  # m; the cells of the ground on which labels vote are as wide as paint
@@ -57,20 +57,20 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW; Muon's is 8 times it")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW; Muon's is 8 times it")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="pretrain", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--target", default="consensus", choices=("consensus", "painted", "rendered"),
                         help="what the map is compared with: what the scene's cameras agree on, in the style of a map "
                         "or as painted; or the labels of its own frame's cameras, into which it is rendered")
-    parser.add_argument("--view-range", type=not_negative, default=math.inf,
+    parser.add_argument("--view-range", type=float, default=math.inf,
                         help="s; views within this time of a frame take part in its consensus (0: it alone)")
     parser.add_argument("--margin", type=int, default=1, help="pixels around what hides the ground that do not vote "
                         "(-1: not even what hides it is left out; it votes for background)")
     parser.add_argument("--slope", action="store_true", help="look for the slope of each scene's ground first")
-    parser.add_argument("--image", type=not_negative, default=3.0, help="weight of the loss on the image features")
+    parser.add_argument("--image", type=float, default=3.0, help="weight of the loss on the image features")
     parser.add_argument("--temporal", default="within", choices=TEMPORAL, help="form of the temporal loss")
-    parser.add_argument("--temporal-weight", type=not_negative, help="its weight at the end, to which it grows from 0 "
+    parser.add_argument("--temporal-weight", type=float, help="its weight at the end, to which it grows from 0 "
                         "(by default the form's usual one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
@@ -288,8 +288,8 @@ if __name__ == "__main__":
     check_training(args)
     if args.temporal_weight is None:
         args.temporal_weight = TEMPORAL[args.temporal]
-    if args.margin < -1:
-        sys.exit(f"error: --margin {args.margin}: give -1 or more")
+    if args.margin < -1 or not (args.view_range >= 0 and args.temporal_weight >= 0):
+        sys.exit("error: --margin is at least -1, --view-range and --temporal-weight are at least 0")
     if args.init != "scratch" and not args.init.endswith(".pth"):
         sys.exit(f"error: --init {args.init}: give scratch or a released BEVFormer (.pth), as no BEV label may be seen")
     path = Path(args.out) / f"{args.name}.pt"

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from model import PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
-from reproject import (CLASS_WEIGHTS, SPLITS, Frames, check_training, claim, fingerprint, join_ranks,
-                       not_negative, positive, read_splits)
+from reproject import CLASS_WEIGHTS, SPLITS, Frames, check_training, claim, fingerprint, join_ranks, read_splits
 
 
 def parse_args():
@@ -36,11 +35,11 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="parts a step is computed in, one after the other")
-    parser.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate of AdamW; Muon's is 8 times it")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW; Muon's is 8 times it")
     parser.add_argument("--seed", type=int, default=0, help="decides the initial weights and the order of the samples")
     parser.add_argument("--name", default="finetune", help="the checkpoint is <out>/<name>.pt")
     parser.add_argument("--labelled-only", action="store_true", help="leave out the scenes without labels")
-    parser.add_argument("--image", type=not_negative, help="weight of the loss on image features (1; from scratch 0)")
+    parser.add_argument("--image", type=float, help="weight of the loss on image features (1; from scratch 0)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (torch.autocast)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, more time: recompute encoder layers")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
@@ -56,9 +55,9 @@ def choose_scenes(scenes, share):
 
 if __name__ == "__main__":
     args = parse_args()
-    check_training(args)
     if args.image is None:
         args.image = float(args.init != "scratch")
+    check_training(args)
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     lock = claim(path)  # held as long as this process lives
     join_ranks()

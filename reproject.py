@@ -732,25 +732,13 @@ def watched():
         sys.exit(f"error: {said}" if said else lost)
 
 
-def positive(text):
-    """The argparse type of a number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def not_negative(text):
-    """The argparse type of a number from 0 on, which may be inf."""
-    if not float(text) >= 0:
-        raise ValueError
-    return float(text)
-
-
 def check_training(args):
     """Stop with one line where a flag of 03 or 04 makes no sense; --bf16 is dropped where it could only cost time."""
     if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0 or not 0 <= args.seed < 2 ** 32:
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0, and --seed is a "
                  "number from 0 to 2^32 - 1")
+    if not 0 < args.lr < math.inf or not args.image >= 0:  # so written, both refuse nan
+        sys.exit("error: --lr is a number above 0, and --image one of at least 0")
     if args.bf16 and not has_bfloat16():
         args.bf16 = False
         print(f"--bf16: {DEVICE} has no instructions for bfloat16, so float32 is used")

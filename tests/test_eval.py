@@ -1,8 +1,8 @@
 """Stage 05's pictures and tables against hand-made ones."""
 import importlib
+from types import SimpleNamespace
 
 import torch
-
 from rig import surround
 
 from model import REMEMBERED, Config, count_confusion, iou, remember
@@ -39,6 +39,34 @@ def test_cameras_are_laid_out_as_one_looks_around():
         sheet = stage.contact_sheet(frame | bev, logits, grid)
         places = [(256 * column + 128, 24 + 144 * row + 72) for row in (0, 1) for column in (0, 1, 2)]
         assert [sheet.getpixel(place)[0] for place in places] == [2, 0, 1, 4, 3, 5]
+
+
+def test_each_camera_shows_its_own_labels_and_prediction():
+    """The map is divider left of the car, and CAM_FRONT_LEFT (number 2) is labelled boundary: over the middle of the
+    tiles of cameras 2, 0 and 1, as far down as the ground. A quarter of the image shows through."""
+    (K, ego_T_cam), logits = surround(), torch.zeros(1, 4, 200, 100)
+    logits[:, 1, :, :50], label = 9, torch.zeros(1, 6, 144, 256, dtype=torch.uint8)
+    label[0, 2] = 3
+    images = torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(1, 6, 3, 144, 256)
+    sheet = stage.contact_sheet({"image": images, "K": K, "ego_T_cam": ego_T_cam, "label": label,
+                                 "bev": torch.zeros(1, 200, 100, dtype=torch.uint8)}, logits, Config().grid)
+
+    def red(block, tile, v):  # titles are 24 pixels high, the rows of a block 144 each
+        return sheet.getpixel((256 * tile + 128, 24 + 312 * block + v))[0]
+
+    assert [red(0, tile, 110) for tile in range(3)] == [160, 0, 1]  # 0.75 * 213 + 0.25 * 2
+    assert red(1, 0, 110) == 180 and red(1, 2, 110) == 1 and red(1, 0, 20) == 2  # 0.75 * 240 + 0.5; the sky
+
+
+def test_a_sheet_shows_its_key_frame_with_the_memory_that_is_scored(monkeypatch):
+    bev, asked = torch.zeros(1, 200, 100, dtype=torch.uint8), []
+    found = [(4, {"bev": bev}, certain()), (5, {"bev": bev}, certain([(93, 39)]))]
+    monkeypatch.setattr(stage, "predict", lambda *args: asked.append(args[3:]) or iter(found))
+    monkeypatch.setattr(stage, "contact_sheet", lambda frame, logits, *rest: (logits, rest))
+    frames = SimpleNamespace(samples=[(0, 0)] * 4 + [(1, 0), (1, 1)], scenes=[{}, {"scene": "b"}])
+    logits, (_, title, place) = stage.draw_sheet(frames, None, Config(), 5, "x", "none")
+    assert asked == [((1,), "none")] and logits is found[1][2]
+    assert title == "x, mIoU 0.00" and place == ", b, key frame 1"
 
 
 def drive(metres, linked=True):

@@ -479,7 +479,7 @@ def test_learning_rate():
 @pytest.mark.parametrize("name, how", (
     ("backbone.layer2.0.conv1.weight", "muon"), ("encoder.layers.0.ffn.2.weight", "muon"), ("query", "adamw"),
     ("encoder.layers.0.spatial.guide.weight", "adamw"), ("backbone.conv1.weight", "adamw"),
-    ("classify.3.weight", "adamw"), ("refine.1.weight", "adamw")))
+    ("classify.3.weight", "adamw"), ("refine.1.weight", "adamw"), ("image_head.0.weight", "adamw")))
 def test_a_step_of_the_optimizer(name, how):
     """Down the gradient: AdamW's first step is its sign, Muon's the nearest orthogonal matrix, here by SVD."""
     torch.manual_seed(0)
@@ -620,7 +620,8 @@ def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, gp
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu and not including_emulation)
     for asked in (True, False):
-        args = argparse.Namespace(steps=1, batch_size=1, accumulate=1, workers=0, seed=0, name="x", bf16=asked)
+        args = argparse.Namespace(steps=1, batch_size=1, accumulate=1, workers=0, seed=0, name="x", bf16=asked, lr=1.0,
+                                  image=0.0)
         check_training(args)
         assert args.bf16 == (asked and used)
         assert ("float32 is used" in capsys.readouterr().out) == (asked and not used)
@@ -629,7 +630,7 @@ def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, gp
 def train(path, steps, stop_at=None, bf16=False):
     """fit() on Pictures; stop_at kills it after that many steps, each of which was saved."""
     args = argparse.Namespace(steps=steps, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=bf16,
-                              checkpointing=False)
+                              checkpointing=False, data="labels")
     torch.manual_seed(0)
     model, done = BEVSegmenter(SMALL), []
 
@@ -658,6 +659,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, capsys):
     assert stop.value.code == 0 and "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was made with steps 6, expected 8"):
         train(tmp_path / "whole.pt", 8)
+    for key in ("data", "lr", "seed"):
+        content = torch.load(tmp_path / "killed.previous.pt", weights_only=True)
+        content["args"][key] = "others"
+        save_pt(content, tmp_path / "other.pt")
+        with pytest.raises(SystemExit, match=f"other.pt was made with {key} others, expected"):
+            train(tmp_path / "other.pt", 6)
     content = torch.load(tmp_path / "killed.previous.pt", weights_only=True)
     del content["args"]["optimizer"]  # of the time when it was AdamW alone
     save_pt(content, tmp_path / "older.pt")
@@ -704,6 +711,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert [checkpoint["step"] for checkpoint in kept] == [3, 2]
     assert all(value.isfinite().all() for checkpoint in kept for value in checkpoint["model"].values())
     assert kept[0]["curve"] == [{"loss": pytest.approx(loss.item())} for loss in losses[:3]]
+
+
+def test_gradients_are_clipped(tmp_path, monkeypatch):
+    norms, model = [], BEVSegmenter(SMALL)
+    monkeypatch.setattr("model.Optimizer.step", lambda self, lr: norms.append(
+        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()))
+    args = argparse.Namespace(steps=2, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
+                              checkpointing=False)
+
+    def loss_fn(batch):
+        loss = 1e4 * segmentation_loss(run_sequence(model, batch)[0], batch["bev"], (1.0,) * 4)
+        return loss, {"loss": loss}
+
+    fit(model, Pictures(), loss_fn, args, tmp_path / "a.pt")
+    assert norms == pytest.approx([5.0, 5.0], rel=1e-3)
 
 
 def test_the_curve_has_the_mean_of_the_parts_of_a_step(tmp_path):

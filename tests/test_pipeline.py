@@ -12,8 +12,8 @@ from conftest import ROOT, run_script
 from PIL import Image
 from test_model import official_state
 
-from model import PRESETS, BEVSegmenter
-from reproject import CAMERAS, learning_rate, save_pt
+from model import PRESETS, BEVSegmenter, run_sequence, segmentation_loss
+from reproject import CAMERAS, CLASS_WEIGHTS, learning_rate, save_pt
 
 
 def run(script, *args, cwd, ok=True, **environment):
@@ -53,9 +53,19 @@ def test_losses_are_weighed(world, monkeypatch, script, flags, weights):
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", [script, "--name", "weighed", *flags])
     runpy.run_path(str(ROOT / script), run_name="__main__")
-    loss, parts = given[2](torch.utils.data.default_collate([given[1][(2, False, 1)]]) | {"progress": 0.5})
+    model, frames, loss_fn, args, _ = given
+    batch = torch.utils.data.default_collate([frames[(2, False, 1)]]) | {"progress": 0.5}
+    loss, parts = loss_fn(batch)
     assert loss.item() == pytest.approx(sum(weight * parts[name].item() for name, weight in weights.items()))
     assert parts.keys() == weights.keys() and min(part.item() for part in parts.values()) > 0
+    assert args.data == frames.digest
+    logits, before = run_sequence(model, batch)
+    again = {next(iter(weights)): segmentation_loss(logits, batch["bev"], CLASS_WEIGHTS)}
+    if "temporal" in parts:
+        temporal_loss = importlib.import_module("03_pretrain").temporal_loss
+        again["temporal"] = temporal_loss(logits, before, batch, model.config.grid, smear=True)
+    for name, value in again.items():
+        assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
 
 @pytest.mark.parametrize("share, chosen", ((0.01, "d"), (0.35, "cd"), (0.6, "bcd"), (0.8, "bcde"), (1, "abcde")))
@@ -122,6 +132,18 @@ def test_finished_stages_do_nothing(world):
     assert stamps == {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
 
 
+def test_all_networks_are_evaluated(world, tmp_path, monkeypatch):
+    """With the statistics of their batch norms, those of a moving picture, too."""
+    shutil.copytree(world / "out", tmp_path / "out")
+    modes, forward = [], BEVSegmenter.forward
+    monkeypatch.setattr(BEVSegmenter, "forward",
+                        lambda self, *args: modes.append(self.training) or forward(self, *args))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["05_eval.py", "--pictures", "0", "--animate", "out/pretrain.pt"])
+    runpy.run_path(str(ROOT / "05_eval.py"), run_name="__main__")
+    assert len(modes) > 3 and not any(modes)
+
+
 @pytest.mark.parametrize("script, args, says", [
     ("03_pretrain.py", ["--preset", "huge"], "invalid choice: 'huge'"),
     ("03_pretrain.py", ["--steps", 3, "--name", "b", "--preset", "tiny"], "image_size [144, 256], expected [450, 800]"),
@@ -135,13 +157,14 @@ def test_finished_stages_do_nothing(world):
     ("03_pretrain.py", ["--init", "out/finetune.pt", "--name", "b"], "out/finetune.pt: give scratch or a released BEV"),
     ("03_pretrain.py", ["--name", "finetune_sample"], "--name finetune_sample: this is no name, or"),
     ("03_pretrain.py", ["--name", "b/"], "--name b/: this is no name, or"),
-    ("03_pretrain.py", ["--lr", "-1"], "argument --lr: invalid positive value: '-1'"),
+    ("03_pretrain.py", ["--lr", "-1"], "--lr is a number above 0"),
+    ("03_pretrain.py", ["--accumulate", "4", "--name", "b"], "--batch-size 2 cannot be shared out evenly: give a mult"),
     ("03_pretrain.py", ["--steps", "0", "--name", "b"], "--steps, --batch-size and --accumulate are at least 1"),
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
     ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was made with temporal within, expected off"),
-    ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin -2: give -1 or more"),
-    ("03_pretrain.py", ["--temporal-weight", "nan"], "argument --temporal-weight: invalid not_negative value: 'nan'"),
-    ("04_finetune.py", ["--image", "-1"], "argument --image: invalid not_negative value: '-1'"),
+    ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),
+    ("03_pretrain.py", ["--temporal-weight", "nan"], "--temporal-weight are at least 0"),
+    ("04_finetune.py", ["--image", "-1"], "--image one of at least 0"),
     ("03_pretrain.py", ["--seed", 10 ** 16, "--name", "b"], "--seed is a number from 0 to 2^32 - 1"),
     ("03_pretrain.py", ["--name", "frames"], "--name frames: this is no name, or what is there is written by others"),
     ("03_pretrain.py", ["--name", "pretrain.previous"], "--name pretrain.previous: this is no name, or"),

@@ -353,6 +353,28 @@ def test_the_slope_of_the_ground_is_found():
         assert (found == there).all() and (found_level != there).float().mean() > 0.9
 
 
+def test_each_view_votes_with_its_own_cameras():
+    """One pixel of the second frame, whose cameras lie 0.6 m farther ahead and have longer lenses."""
+    frames, label = drive([(0, 0, 0), (3, 0, 0)]), torch.full((6, 144, 256), IGNORE, dtype=torch.uint8)
+    label[0, 110, 150] = 1
+    frames.decode, scene = lambda *_: label, frames.scenes[0]
+    scene["ego_T_cam"][1, :, 0, 3] = 0.6
+    scene["K"][1, :, 0, 0] = scene["K"][1, :, 1, 1] = 250.0
+    votes, corner = stage.cast_votes(frames, 0, [1], flags(margin=0))
+    (name, *cell), = votes.nonzero().tolist()
+    xy, _ = pixels_to_ground(scene["K"][1, 0], scene["ego_T_cam"][1, 0], (144, 256))
+    off = corner + (torch.tensor(cell) + 0.5) * stage.RASTER - xy[110, 150] - torch.tensor((3.0, 0.0))
+    assert name == 1 and off.abs().max() < 0.5 * stage.RASTER + 1e-3
+
+
+def test_a_boundary_lies_over_a_divider():
+    """Where both are drawn, as in the ground truth (02)."""
+    votes = torch.full((4, 200, 200), 0.1)
+    votes[1, :, 100] = votes[3, 100] = 5
+    drawn = stage.draw(votes, PRESETS["toy"], False)
+    assert (drawn[100] == 3).all() and (drawn[:, 100] == 1).sum() > 180
+
+
 def test_most_cameras_win():
     """One frame of eight takes the crossing for a kerb, and everything near it: seven do not."""
     frames = drive(DRIVE)

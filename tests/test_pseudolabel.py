@@ -26,11 +26,11 @@ NAMES = ["Road", "Lane Marking - General", "Lane Marking - Crosswalk", "Curb", "
 SIZE = (16, 32)
 
 
-def labels(picture, size=(8, 16)):
+def labels(picture, size=(8, 16), least=0.4):
     """labels_from_queries for one query a label, each sure of its label and of its mask: picture holds label names."""
     class_logits = torch.cat((torch.eye(len(NAMES)) * 20, torch.zeros(len(NAMES), 1)), 1)
     masks = torch.stack([torch.from_numpy(picture == name).float() * 40 - 20 for name in NAMES])
-    return stage.labels_from_queries(class_logits, masks, stage.group_labels(NAMES), picture.shape, size, 0.4)
+    return stage.labels_from_queries(class_logits, masks, stage.group_labels(NAMES), picture.shape, size, least)
 
 
 def paint(**areas):
@@ -82,12 +82,26 @@ def test_contact_line():
     assert (labels(paint(Car=np.s_[:, 16:])) != BOUNDARY).all()
 
 
+def test_contact_line_from_every_side():
+    """One pixel of verge in a road; to its left paint, above it a crossing."""
+    group = torch.full((5, 5), list(stage.GROUPS).index("carriageway"))
+    group[2, 2], group[2, 1], group[1, 2] = (list(stage.GROUPS).index(n) for n in ("verge", "divider", "ped_crossing"))
+    assert {tuple(p) for p in stage.contact_line(group).nonzero().tolist()} == {(2, 2), (1, 2), (3, 2), (2, 1), (2, 3)}
+
+
 def test_contact_line_of_a_crossing_and_of_a_corner():
     got = labels(paint(Crosswalk=np.s_[:, :16], Sidewalk=np.s_[:, 16:]))
     assert got.tolist() == [[2] * 8 + [BOUNDARY] + [0] * 7] * 8
     got = labels(paint(Sidewalk=np.s_[8:, 16:]))
     assert {tuple(p) for p in (got == BOUNDARY).nonzero().tolist()} == (
         {(r, c) for r in range(4, 8) for c in (7, 8)} | {(r, c) for r in (3, 4) for c in range(8, 16)})
+
+
+def test_only_lines_win_from_less_than_half():
+    """6 of 16 pixels are enough for paint and kerbs (2 * 0.375 > 0.625), for nothing else. They are no surer for it."""
+    for name, expected in (("Marking", DIVIDER), ("Curb", BOUNDARY), ("Crosswalk", BACKGROUND), ("Car", BACKGROUND)):
+        assert labels(paint(**{name: np.s_[:3, 4:6]}), (4, 8), 0.35)[0, 1] == expected, name
+    assert labels(paint(Marking=np.s_[:3, 4:6]), (4, 8), 0.4)[0, 1] == IGNORE
 
 
 def test_unsure_pixels_are_ignored():

@@ -225,6 +225,7 @@ def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
     frames = Frames(tmp_path, ["a"], config, history=1, bev_gt=True)
     scene = frames.scenes[0]
     scene["world_T_ego"] = torch.stack((pose(5, 2, 10), pose(7, 3, 25)))
+    scene["K"][:, CAMERAS.index("CAM_FRONT_LEFT")] = intrinsics(210.0, 141.0, 70.0)  # a lens of its own, off the middle
     scene["bev"][1, 20, 10] = 1  # far ahead, on the left
     paint = torch.zeros(6, 144, 256, dtype=torch.uint8)
     paint[CAMERAS.index("CAM_FRONT_LEFT"), 100, 30] = 2  # near the left edge of the left camera
@@ -265,6 +266,11 @@ def test_frames_and_truth_of_ones_own_making(tmp_path):
                for key, value in ours.items() if key not in ("token", "world_T_ego"))
     torch.testing.assert_close(theirs[1]["world_T_ego"], ours["world_T_ego"], atol=1e-4, rtol=0)
     assert theirs.scenes[0]["meta"]["source"]["text"] == "a simulator, version 2"
+
+
+def test_what_cannot_be_mirrored_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="the same to the left and to the right"):
+        Frames(tmp_path, [], Config(y_range=(-10.0, 20.0)))
 
 
 def test_digest_tells_labels_apart(tmp_path):

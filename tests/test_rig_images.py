@@ -1,4 +1,5 @@
 """A rig of one's own through stage 05, against the network fed by hand."""
+import importlib
 import json
 from dataclasses import asdict
 
@@ -32,6 +33,14 @@ def write_rig(folder, images, K, ego_T_cam, order=None):
         Image.fromarray(images[n].permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
         rig[f"{n}.png"] = {"K": K[n].tolist(), "ego_T_cam": ego_T_cam[n].tolist()}
     (folder / "rig.json").write_text(json.dumps(rig))
+
+
+def test_images_of_another_shape_are_squeezed_with_their_K(tmp_path):
+    """640 x 480 become 256 x 144: 0.4 times as wide, 0.3 times as high."""
+    write_rig(tmp_path, torch.zeros(1, 3, 480, 640, dtype=torch.uint8), intrinsics(400.0, 320.0, 240.0)[None],
+              camera()[None])
+    frame, _ = importlib.import_module("05_eval").read_rig(tmp_path, tmp_path / "rig.json", CONFIG)
+    torch.testing.assert_close(frame["K"][0, 0].cpu(), torch.tensor([[160.0, 0, 128], [0, 120, 72], [0, 0, 1]]))
 
 
 def run(folder, *flags):
