@@ -15,7 +15,7 @@ not slow each other down. But for the length of the baseline, where they speak i
 quarters of the train scenes and score on the others.
 
 Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts. A
-row whose flags were changed is measured again; after a change of the code, delete the folder.
+row whose flags were changed is measured again; after a change of code or world, delete the folder. The preset is `toy`.
 """
 import argparse
 import importlib
@@ -246,7 +246,10 @@ def interval(values):
 
 
 def with_interval(values, digits=3):
-    """'mean' or 'mean ± half width'."""
+    """'mean' or 'mean ± half width'; '-' of a class or a range that the val scenes do not have."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
@@ -276,7 +279,7 @@ def table(out, store, rows, extra=()):
         cells = [[r["iou"][name] for r in results] for name in ("divider", "ped_crossing", "boundary")]
         cells = [with_interval(v) for v in (*cells, [r["miou"] for r in results])]
         cells += [with_interval([r["seconds"] for r in results], 0)]
-        cells += [with_interval([r[name] for r in results]) for name in extra]
+        cells += [with_interval([r.get(name) for r in results]) for name in extra]
         print(f"| {row} | {len(results)} | {' | '.join(cells)} |")
     return found
 

@@ -17,6 +17,7 @@ def test_interval_is_students():
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
     assert math.isnan(interval([0.3])[1]) and with_interval([0.3]) == "0.300"
     assert with_interval([0.3, 0.3]) == "0.300 ± 0.000"
+    assert with_interval([None, 0.3]) == "0.300" and with_interval([None, None]) == "-"
 
 
 def test_points_are_those_of_the_same_seed():
