@@ -188,8 +188,8 @@ def kill_until_done(eager, script, flags, cwd, moments):
 def test_stages_that_were_killed_leave_what_whole_ones_leave(world, tmp_path):
     rng = random.Random(0)
     segmenter = ["--segmenter", ROOT / "tests/toy_segmenter", "--dataroot", world / "data/toy"]
-    commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 5],
-                "04_finetune.py": ["--steps", 5], "05_eval.py": ["--pictures", 0]}
+    commands = {"01_pseudolabel.py": segmenter, "02_bev_gt.py": segmenter[2:], "03_pretrain.py": ["--steps", 3],
+                "04_finetune.py": ["--steps", 3], "05_eval.py": ["--pictures", 0]}
     kills, eager = {}, tmp_path / "eager.py"
     eager.write_text(EAGER)
     for script, flags in commands.items():
