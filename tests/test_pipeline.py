@@ -201,6 +201,19 @@ def test_another_data_set_of_the_same_scenes_is_noticed(world, tmp_path):
     assert "was made with drive" in said and "delete its folder, run 02_bev_gt.py again" in said
 
 
+def test_other_labels_of_the_same_key_frames_are_noticed(world, tmp_path):
+    """Two cameras' labels change places: the consensus is of others, and so is what was half trained."""
+    shutil.copytree(world / "out", tmp_path / "out")
+    scene, = json.loads((tmp_path / "out/splits.json").read_text())["train"]
+    path = tmp_path / f"out/frames/{scene}.pt"
+    frames = torch.load(path, weights_only=True)
+    frames["label"][1].reverse()
+    save_pt(frames, path)
+    said = run("03_pretrain.py", "--steps", 3, cwd=tmp_path, ok=False)
+    assert f"out/pretrain/{scene}.pt was made with frames" in said and "delete out/pretrain and out/pretrain.pt" in said
+    assert "out/finetune.pt was made with data" in run("04_finetune.py", "--steps", 3, cwd=tmp_path, ok=False)
+
+
 def test_a_released_bevformer_is_a_start(world):
     """--init FILE.pth for 03 and 04, in bfloat16 and with checkpointing; another file of that name is noticed."""
     state = official_state(BEVSegmenter(PRESETS["toy"]))

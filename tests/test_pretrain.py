@@ -275,19 +275,19 @@ def test_paint_of_any_width_is_a_line(width):
     assert not len(stage.middle_of_lines(0.09 * torch.tensor(share).expand(60, -1) / max(share))[0])
 
 
+@pytest.mark.parametrize("side", (1, -1))
 @pytest.mark.parametrize("radius", (50, 80, 150, 1e4))
-def test_dashes_are_joined_around_bends(radius):
-    """3 m of paint, 9 m without, on a circle: middle of the line drawn, its length, and nothing far from it."""
+def test_dashes_are_joined_around_bends(radius, side):
+    """3 m of paint, 9 m without, on a circle to either side: the length of the line drawn, and nothing far from it."""
     along = torch.arange(0, 60, stage.RASTER / 2)
     angle = along[along % 12 < 3] / radius
-    row, column = (x / stage.RASTER for x in (5 + radius * angle.sin(), 5 + radius * (1 - angle.cos())))
-    cells = torch.stack((row.round().long(), column.round().long(), angle.mul(1e4).long())).unique(dim=1)
-    size = (450, 40 + int(column.max()) + 40)
-    line = stage.join_dashes(cells[0], cells[1], cells[2] / 1e4, size, *stage.LINES["divider"])
-    x, y = ((stage.RASTER * place) for place in line.nonzero().float().unbind(1))
-    off = ((x - 5) ** 2 + (y - 5 - radius) ** 2).sqrt() - radius
-    assert off.abs().max() < 0.35
-    found = (radius * torch.atan2(x - 5, 5 + radius - y)).round().unique()
+    row, column = (x / stage.RASTER for x in (5 + radius * angle.sin(), 40 + side * radius * (1 - angle.cos())))
+    cells = torch.stack((row.round().long(), column.round().long(), angle.mul(side * 1e4).long())).unique(dim=1)
+    line = stage.join_dashes(cells[0], cells[1], cells[2] / 1e4, (450, 540), *stage.LINES["divider"])
+    x, y = (stage.RASTER * place for place in line.nonzero().float().unbind(1))
+    to_centre = radius - side * (y - 40)
+    assert ((x - 5).hypot(to_centre) - radius).abs().max() < 0.35
+    found = (radius * torch.atan2(x - 5, to_centre)).round().unique()
     assert set(range(0, 51)) <= set(found.int().tolist())  # the last dash begins at 48 m
 
 
@@ -313,6 +313,7 @@ def test_dashes_are_joined_across_nine_metres_and_solid_lines_are_not():
 
     dashes = joined((20, 41), (102, 123), (184, 205))
     assert dashes[20:205].all() and dashes.sum() <= 187
+    assert joined((20, 48), (101, 129), (182, 210))[20:210].all()  # 4 m and 8 m, and a cell that blur has added
     solid = joined((20, 120), (181, 281))
     assert solid[20:120].all() and solid[181:281].all() and solid.sum() <= 204  # a cell at each end
 
