@@ -288,8 +288,8 @@ if __name__ == "__main__":
     check_training(args)
     if args.temporal_weight is None:
         args.temporal_weight = TEMPORAL[args.temporal]
-    if args.margin < -1 or not (args.view_range >= 0 and args.temporal_weight >= 0):
-        sys.exit("error: --margin is at least -1, --view-range and --temporal-weight are at least 0")
+    if args.margin < -1 or not (args.view_range >= 0 and 0 <= args.temporal_weight < math.inf):
+        sys.exit("error: --margin is at least -1, --view-range and --temporal-weight are numbers of at least 0")
     if args.init != "scratch" and not args.init.endswith(".pth"):
         sys.exit(f"error: --init {args.init}: give scratch or a released BEVFormer (.pth), as no BEV label may be seen")
     path = Path(args.out) / f"{args.name}.pt"

@@ -541,7 +541,7 @@ def read_image(path, remedy):
         with Image.open(path) as file:
             return file.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         sys.exit(f"error: {path} {what}: {remedy}")
 
 
@@ -611,8 +611,9 @@ class Frames(torch.utils.data.Dataset):
             path = Path(out) / "frames" / f"{scene}.pt"
             frames = load_artifact(path, "run 01_pseudolabel.py", FRAMES_KEYS)
             check_meta(path, frames["meta"], meta, FRAMES_META, "run 01_pseudolabel.py with this --preset")
-            frames |= {key: frames[key].float() for key in ("K", "ego_T_cam")}  # whatever one's own file has
-            frames["world_T_ego"] = frames["world_T_ego"].double()
+            # A file of one's own making may have other types, and do without names.
+            frames = {"description": ""} | frames | {key: frames[key].float() for key in ("K", "ego_T_cam")}
+            frames |= {"scene": scene, "world_T_ego": frames["world_T_ego"].double()}
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
@@ -737,7 +738,7 @@ def check_training(args):
     if min(args.steps, args.batch_size, args.accumulate) < 1 or args.workers < 0 or not 0 <= args.seed < 2 ** 32:
         sys.exit("error: --steps, --batch-size and --accumulate are at least 1, --workers at least 0, and --seed is a "
                  "number from 0 to 2^32 - 1")
-    if not 0 < args.lr < math.inf or not args.image >= 0:  # so written, both refuse nan
+    if not 0 < args.lr < math.inf or not 0 <= args.image < math.inf:  # so written, both refuse nan
         sys.exit("error: --lr is a number above 0, and --image one of at least 0")
     if args.bf16 and not has_bfloat16():
         args.bf16 = False

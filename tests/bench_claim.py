@@ -2,7 +2,7 @@
 
     python tests/toyworld.py && python 01_pseudolabel.py && python 02_bev_gt.py
     python tests/bench_claim.py --seeds 5                # the main rows
-    python tests/bench_claim.py --quick                  # one seed, without the longest row: 16 minutes on two cores
+    python tests/bench_claim.py --quick                  # one seed, without 300 + 1,150 steps: 16 minutes on two cores
     python tests/bench_claim.py --all                    # and, with seed 0, what the claim does not rest on
     python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
     python tests/bench_claim.py --ablations --seeds 2    # what each part adds
@@ -11,8 +11,8 @@ All rows have the same network, optimizer, augmentation, batch and arithmetic (b
 instructions for it). Seconds are those of the whole command, from its start to its end, loading and voting included. On
 CPUs two commands run at a time, each with half of the cores: two cores do a fifth more steps so, and the commands do
 not slow each other down. But for the length of the baseline, where they speak in its favour, and for how the memory of
-05 carries maps along, nothing was chosen on the val scenes: `--length` and all trials (trials.md) train on three
-quarters of the train scenes and score on the others.
+05 carries maps along, nothing was chosen on the val scenes: `--length`, and the trials that chose settings (trials.md),
+train on three quarters of the train scenes and score on the others.
 
 Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts. A
 row whose flags were changed is measured again; after a change of code or world, delete the folder. The preset is `toy`.
@@ -42,7 +42,7 @@ from reproject import DEVICE, Frames, read_splits, relative_pose, save_json, war
 CORES = torch.get_num_threads()
 LANES = min(2, CORES) if DEVICE == "cpu" else 1  # commands at a time; on one GPU, two would slow each other down
 SCORING = threading.Lock()  # 05 writes to one place, and so do the results
-SUPERVISED = 2400  # steps; in its favour: on held-out train scenes 1,200 do as well, on val 4,800 do no better
+SUPERVISED = 2400  # steps; in its favour: on held-out train scenes 1,200 do as well, in short drives 4,800 do no better
 MEMORIES = ("none", "bev")  # of 05: mIoU with them, beside that with the default, `map`
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
 

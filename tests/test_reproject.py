@@ -251,7 +251,8 @@ def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
 
 
 def test_frames_and_truth_of_ones_own_making(tmp_path):
-    """Files that another program wrote: meta has no cameras and a text for its source, matrices another precision."""
+    """Files that another program wrote: nothing says which cameras and what drive, the source is a text, matrices have
+    another precision."""
     config = PRESETS["toy"]
     write_scene(tmp_path, "a", config, [0.0, 0.5])
     ours = Frames(tmp_path, ["a"], config, bev_gt=True)[1]
@@ -260,12 +261,15 @@ def test_frames_and_truth_of_ones_own_making(tmp_path):
         content = torch.load(tmp_path / folder / "a.pt", weights_only=True)
         del content["meta"]["cameras"]
         content["meta"]["source"] = "a simulator, version 2"
+        content = {key: value for key, value in content.items() if key not in ("scene", "location", "description")}
         save_pt(content | {key: content[key].to(kind) for key, kind in matrices.items()}, tmp_path / folder / "a.pt")
     theirs = Frames(tmp_path, ["a"], config, bev_gt=True)
     assert all(theirs[1][key].dtype == value.dtype and torch.equal(theirs[1][key], value)
                for key, value in ours.items() if key not in ("token", "world_T_ego"))
     torch.testing.assert_close(theirs[1]["world_T_ego"], ours["world_T_ego"], atol=1e-4, rtol=0)
-    assert theirs.scenes[0]["meta"]["source"]["text"] == "a simulator, version 2"
+    scene = theirs.scenes[0]
+    assert scene["meta"]["source"]["text"] == "a simulator, version 2"
+    assert scene["scene"] == "a" and scene["description"] == ""  # what 03 and 05 ask for
 
 
 def test_what_cannot_be_mirrored_is_refused(tmp_path):

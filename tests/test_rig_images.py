@@ -120,7 +120,7 @@ def test_bad_rigs_are_one_line(network, tmp_path):
     for rig, says in (
             (None, "rig.json is missing"), ("{", "rig.json is damaged"), ({}, "lists no 1 to 8 cameras"),
             ({str(n): good for n in range(9)}, "lists no 1 to 8 cameras"), ({"a.png": good}, "a.png is missing"),
-            ({"broken.png": good}, "broken.png is damaged"), ({"a.png": {"K": 1}}, "a.png has no camera matrix"),
+            ({"broken.png": good}, "broken.png cannot be read"), ({"a.png": {"K": 1}}, "a.png has no camera matrix"),
             ({"a.png": good | {"K": [[1, 0], [0, 1]]}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": torch.ones(4, 4).tolist()}}, "a.png has no camera matrix"),
             ({"a.png": good | {"ego_T_cam": mirrored.tolist()}}, "no camera matrix"),
