@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -108,6 +109,23 @@ def test_stages_leave_what_they_promise(world):
                                                                 "sample_0.png", "sample_1.png"]
     assert Image.open(out / "eval/animation.webp").n_frames == 2
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
+
+
+def test_the_consensus_as_a_picture(world):
+    """Its last maps are what 03 has stored and the ground truth; the votes of one frame see less than those of all."""
+    scene = json.loads((world / "out/splits.json").read_text())["train"][0]
+    run("tests/draw_consensus.py", "--scene", scene, "--frame", 1, cwd=world)
+    page = torch.from_numpy(np.array(Image.open(world / "out/consensus.webp"))).int()  # (h, w, 3)
+    paint, panels = importlib.import_module("05_eval").paint, []
+    for number in range(4):  # maps of 200 x 100 cells, as high as two blocks of cameras
+        left = 3 * 256 + 8 + number * (288 + 8)
+        rows, columns = 24 + (torch.arange(200) * 2.88 + 1.4).long(), left + (torch.arange(100) * 2.88 + 1.4).long()
+        panels.append(page[rows][:, columns])  # (200, 100, 3)
+    for number, path in ((2, f"pretrain/{scene}.pt"), (3, f"bev_gt/{scene}.pt")):
+        expected = paint(torch.load(world / "out" / path, weights_only=True)["bev"][1])
+        assert ((panels[number] - expected).abs().amax(-1) < 60).float().mean() > 0.95  # WebP blurs colours at edges
+    unseen = [((panel - 110).abs().amax(-1) < 15).float().mean() for panel in panels]
+    assert unseen[0] > unseen[1] > unseen[2] > unseen[3]
 
 
 def test_ipm_needs_no_checkpoint(world):
