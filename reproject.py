@@ -614,6 +614,7 @@ class Frames(torch.utils.data.Dataset):
             # A file of one's own making may have other types, and do without names.
             frames = {"description": ""} | frames | {key: frames[key].float() for key in ("K", "ego_T_cam")}
             frames |= {"scene": scene, "world_T_ego": frames["world_T_ego"].double()}
+            frames["meta"]["source"]["frames"] = frames["digest"]  # a consensus must be that of these very labels
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
@@ -631,7 +632,6 @@ class Frames(torch.utils.data.Dataset):
                 made_of.append(truth["digest"])
             self.samples += [(len(self.scenes), t) for t in range(len(frames["token"]))]
             self.scenes.append(frames)
-            frames["meta"]["source"]["frames"] = frames["digest"]
             made_of += [scene, frames["digest"]]
         self.digest = fingerprint(repr(made_of))  # a training that goes on must go on with the same labels
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_model import official_state
 
 from model import PRESETS, BEVSegmenter, run_sequence, segmentation_loss
-from reproject import CAMERAS, CLASS_WEIGHTS, learning_rate, save_pt
+from reproject import CAMERAS, CLASS_WEIGHTS, learning_rate, load_artifact, save_pt
 
 
 def run(script, *args, cwd, ok=True, **environment):
@@ -328,14 +328,16 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     content = torch.load(next((tmp_path / "out/pretrain").iterdir()), weights_only=True)
     other.unlink(missing_ok=True)
     assert f"{other.name} is missing: run 03_pretrain.py" in run(*tune, cwd=tmp_path, ok=False)
-    frames = torch.load(tmp_path / f"out/frames/{other.name}", weights_only=True)
-    content["meta"]["source"]["drive"] = frames["meta"]["source"]["drive"]
+    frames = load_artifact(tmp_path / f"out/frames/{other.name}", "")
+    content["meta"]["source"] |= {"drive": frames["meta"]["source"]["drive"], "frames": frames["digest"]}
     save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
     assert "with the consensus of pretraining: 1" in run(*tune, cwd=tmp_path)
     (tmp_path / "out/half.pt").unlink()
-    content["meta"]["source"]["margin"] += 1
-    save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)
-    assert f"{other.name} was made with margin 2, expected 1" in run(*tune, cwd=tmp_path, ok=False)
+    for key, value in (("margin", 2), ("frames", "of labels that have changed since")):
+        source = content["meta"]["source"] | {key: value}
+        save_pt(content | {"meta": content["meta"] | {"source": source}, "scene": frames["scene"],
+                           "token": frames["token"]}, other)
+        assert f"{other.name} was made with {key} {value}, expected" in run(*tune, cwd=tmp_path, ok=False)
 
 
 def test_training_sees_nothing_of_what_its_split_holds_out(world, tmp_path):
