@@ -72,7 +72,6 @@ def parse_args():
 
 
 # ---------------------------------------------------------------- the segmenter
-
 def segmenter_names(name):
     """The checkpoint's label names and its revision: the hub's commit, or a hash of a folder's files."""
     folder = Path(name)
@@ -171,7 +170,6 @@ def contact_line(group):
 
 
 # ---------------------------------------------------------------- the data set
-
 def views_between(nusc, now, after, sweeps):
     """Up to `sweeps` views between two key frames, given by their sample_data records in the order of CAMERAS.
 

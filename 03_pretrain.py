@@ -79,7 +79,6 @@ def parse_args():
 
 
 # ---------------------------------------------------------------- what the cameras of a scene agree on
-
 def find_slope(frames, index, args):
     """The slope of a scene's ground along the car, radians, on which its cameras agree best; positive: it rises ahead.
 
@@ -253,7 +252,6 @@ RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, BENDS, *map(inspect.g
 
 
 # ---------------------------------------------------------------- losses
-
 def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
     """Cross-entropy between the BEV logits (B, classes, H, W), rendered into the cameras, and the pseudo-labels."""
     label = batch["label"]  # (B, N, h, w)
@@ -286,8 +284,7 @@ def temporal_loss(logits, before, batch, grid, smear=False):
 if __name__ == "__main__":
     args = parse_args()
     check_training(args)
-    if args.temporal_weight is None:
-        args.temporal_weight = TEMPORAL[args.temporal]
+    args.temporal_weight = TEMPORAL[args.temporal] if args.temporal_weight is None else args.temporal_weight
     if args.margin < -1 or not (args.view_range >= 0 and 0 <= args.temporal_weight < math.inf):
         sys.exit("error: --margin is at least -1, --view-range and --temporal-weight are numbers of at least 0")
     if args.init != "scratch" and not args.init.endswith(".pth"):

@@ -55,8 +55,7 @@ def choose_scenes(scenes, share):
 
 if __name__ == "__main__":
     args = parse_args()
-    if args.image is None:
-        args.image = float(args.init != "scratch")
+    args.image = float(args.init != "scratch") if args.image is None else args.image
     check_training(args)
     path, args.init = Path(args.out) / f"{args.name}.pt", args.init.replace("{out}", args.out)
     lock = claim(path)  # held as long as this process lives

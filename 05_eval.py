@@ -93,7 +93,7 @@ def evaluate(frames, model, config, memory="map"):
     of each ring around the car (rings, classes, classes), and the mIoU of each key frame (frames,)."""
     ring = (config.grid.centres(torch.empty(0, device=DEVICE)).norm(dim=-1) / RING).long()  # (H, W): each cell's
     by_ring = torch.zeros(ring.max() + 1, NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=DEVICE)
-    by_condition = {key: torch.zeros_like(by_ring[0]) for key in CONDITIONS}
+    by_condition = by_ring.new_zeros(len(CONDITIONS), *by_ring.shape[1:])
     quality = torch.zeros(len(frames), device=DEVICE)
     for index, frame, logits in tqdm(predict(frames, model, config, range(RANK, len(frames.scenes), RANKS), memory),
                                      desc="eval", unit="frame", total=-(-len(frames) // RANKS), disable=RANK > 0):
@@ -103,12 +103,11 @@ def evaluate(frames, model, config, memory="map"):
         by_ring += counts
         words = re.findall(r"\w+", frames.scenes[frames.samples[index][0]]["description"].lower())
         for key in [word for word in CONDITIONS[1:] if word in words] or ["day"]:
-            by_condition[key] += counts.sum(0)
+            by_condition[CONDITIONS.index(key)] += counts.sum(0)
         quality[index] = quality_of(counts.sum(0))
-    by_ring, quality = (sum_over_ranks(x).cpu() for x in (by_ring, quality))
-    by_condition = {key: sum_over_ranks(counts).cpu() for key, counts in by_condition.items()}
+    by_ring, by_condition, quality = (sum_over_ranks(x).cpu() for x in (by_ring, by_condition, quality))
     by_range = {f"{near}-{far}": by_ring[int(near / RING):int(far / RING)].sum(0) for near, far in RANGES}
-    return {"all": by_ring.sum(0), **by_range, **by_condition}, by_ring, quality
+    return {"all": by_ring.sum(0), **by_range, **dict(zip(CONDITIONS, by_condition))}, by_ring, quality
 
 
 def quality_of(confusion):
@@ -214,7 +213,6 @@ def page_of(blocks, maps, legend, grid):
 
 
 # ---------------------------------------------------------------- cameras of one's own
-
 def read_rig(folder, calibration, config):
     """One moment of any rig of 1 to 8 cameras, as a frame for the network, without label and bev.
 
@@ -273,7 +271,6 @@ def predict_rig(args, model):
 
 
 # ---------------------------------------------------------------- tables, and a curve
-
 def draw_distance(by_ring, title):
     """IoU against distance from the car, a line a class, as a figure. by_ring is evaluate's."""
     from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second

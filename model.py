@@ -36,8 +36,14 @@ from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CL
                        learning_rate, load_pt, pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks,
                        warp, watched, whole_file)
 
-# ---------------------------------------------------------------- size of everything
+IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
+NEAR = 10.0  # m; ground that is farther from the car is known less well
+REMEMBERED = 10  # key frames (5 s): by then the car has left the ground that they saw from near by
+MUON = 8  # Muon's learning rate is this many times AdamW's, which is --lr
+LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
 
+
+# ---------------------------------------------------------------- size of everything
 @dataclass(frozen=True)
 class Config:
     """All that decides the shape of the network and of the data it reads. The defaults are the `toy` preset."""
@@ -85,7 +91,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------- deformable attention
-
 def init_guide(linear, heads, levels, points, group=1):
     """Start as Deformable DETR does: each head looks in a direction of its own, ever farther, but from 0 steps on.
 
@@ -208,7 +213,6 @@ class Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------- the network
-
 class BEVSegmenter(nn.Module):
     """Camera images -> BEV class logits. Hack here: each attribute is one block of the picture at the top.
 
@@ -292,10 +296,6 @@ def step(model, frame, bev, world_T_previous):
     return model(frame["image"], frame["K"], frame["ego_T_cam"], bev, frame["linked"])
 
 
-NEAR = 10.0  # m; ground that is farther from the car is known less well
-REMEMBERED = 10  # key frames (5 s): by then the car has left the ground that they saw from near by
-
-
 def remember(past, logits, frame, grid):
     """What this key frame and the last ones say together: the mean of their class probabilities for the same ground.
 
@@ -315,7 +315,6 @@ def remember(past, logits, frame, grid):
 
 
 # ---------------------------------------------------------------- released BEVFormer weights
-
 OFFICIAL_NAMES = (  # in released BEVFormer checkpoints -> ours; regular expressions, each tried on every name
     (r"^img_backbone\.", "backbone."), (r"^pts_bbox_head\.(transformer\.)?", ""),
     (r"^img_neck\.lateral_convs\.(\d+)\.conv", r"fpn.inner_blocks.\1.0"),
@@ -368,10 +367,6 @@ def load_official(model, state_dict):
 
 
 # ---------------------------------------------------------------- loss and score
-
-IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
-
-
 def segmentation_loss(logits, target, class_weights):
     """Class-weighted cross-entropy, summed over the pixels that are not IGNORE and divided by their number.
 
@@ -410,10 +405,6 @@ def iou(confusion):
 
 
 # ---------------------------------------------------------------- training, shared by 03 and 04
-
-MUON = 8  # Muon's learning rate is this many times AdamW's, which is --lr
-LOSS_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, distinguishable by colour-blind readers
-
 @watched()
 def load_checkpoint(path, remedy, config=None):
     """A checkpoint's dict and its network. With `config`, one of another architecture is refused in one line."""

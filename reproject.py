@@ -66,7 +66,6 @@ FIELDS = {  # what is read of the records of nuScenes' tables: its type, or how 
 
 
 # ---------------------------------------------------------------- one process or many (torchrun)
-
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # this one, of how many
 DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
@@ -116,7 +115,6 @@ class BatchNorm(torch.nn.BatchNorm2d):
 
 
 # ---------------------------------------------------------------- geometry
-
 @dataclass(frozen=True)
 class Grid:
     """A rectangle of ground around the car, cut into square cells.
@@ -192,7 +190,6 @@ def pixels_to_ground(K, ego_T_cam, image_size):
 
 
 # ---------------------------------------------------------------- BEV <-> cameras
-
 def render(bev_logits, K, ego_T_cam, image_size, grid, max_range=torch.inf):
     """Reprojection: what each camera would see if the BEV map lay on the ground. Differentiable in bev_logits.
 
@@ -261,7 +258,6 @@ def warp(bev, prev_T_cur, grid):
 
 
 # ---------------------------------------------------------------- sampling at learnt places, and what else must be fast
-
 def corners(x, y, weights, source, height, width):
     """The four pixels around each sampling point, and how much of each enters its bilinear sample.
 
@@ -352,7 +348,6 @@ def deformable_attention(maps, x, y, weights, source):
 
 
 # ---------------------------------------------------------------- nuScenes tables (stages 01 and 02)
-
 def pose_matrix(record):
     """a_T_b (4, 4) float64 from the `rotation` (w, x, y, z) and `translation` of an ego_pose or calibrated_sensor."""
     from pyquaternion import Quaternion  # comes with nuscenes-devkit; here, as stages 03 to 05 do without it
@@ -440,7 +435,6 @@ def world_from_ego(nusc, sample):
 
 
 # ---------------------------------------------------------------- files
-
 def fingerprint(data):
     """The first twelve hexadecimal digits of the SHA-256 of bytes or of a text."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
@@ -684,7 +678,6 @@ def mirror(item):
 
 
 # ---------------------------------------------------------------- what the training stages share
-
 def batch_samples(n, args, history, start):
     """What this rank asks of Frames from step `start` on: args.accumulate lists a step of (index, mirrored, frames of
     history), the same samples a step for any number of ranks: of a step's samples 0 to 7, rank 0 of two takes 0 and 4,
@@ -714,23 +707,20 @@ def learning_rate(step, steps, peak):
 @contextlib.contextmanager
 def watched():
     """Stop with one line where memory ran out, or a worker of a DataLoader met a damaged file or was stopped itself."""
-    lost = "error: a worker process was stopped, perhaps for want of memory: use fewer --workers"
     try:
         yield
-    except (EOFError, ConnectionResetError, ConnectionRefusedError) as error:  # stopped as it handed over a batch
-        if "Caught" in str(error):
-            raise  # a mistake in the code of a worker
-        sys.exit(lost)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
             sys.exit("error: out of memory: use a smaller --batch-size or --preset, fewer --workers, or in 03 and 04 "
                      "--accumulate, --checkpointing and --bf16")
         if "shared memory" in str(error):
             sys.exit("error: /dev/shm is too small for --workers: --workers 0, or give docker --shm-size 8g")
         said = str(error).strip().rpartition("\n")[2].partition("error: ")[2]  # below the worker's traceback
-        if "DataLoader worker" not in str(error) or ("Caught" in str(error) and not said):
+        # One that was stopped as it handed over a batch leaves an error of the connection to it.
+        of_worker = isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in str(error)
+        if not of_worker or ("Caught" in str(error) and not said):
             raise  # a mistake in the code, here or in a worker
-        sys.exit(f"error: {said}" if said else lost)
+        sys.exit("error: " + (said or "a worker process was stopped, perhaps for want of memory: use fewer --workers"))
 
 
 def check_training(args):
