@@ -30,8 +30,8 @@ from tqdm import tqdm
 from model import PRESETS
 from reproject import (CAMERAS, CLASSES, DEVICE, FRAMES_META, IGNORE, RANK, RANKS, UNPACK, drive_of, encode,
                        fingerprint, has_bfloat16, is_finished, keep_freed_memory, key_frames, levelled, look_up,
-                       make_meta, open_tables, pose_matrix, pose_of, read_image, recorded, save_pt, watched,
-                       world_from_ego)
+                       make_meta, open_tables, pose_matrix, pose_of, read_image, recorded, rules_of, save_pt,
+                       watched, world_from_ego)
 
 # What Mapillary's labels mean to us. Carriageway and verge are background; where they touch, with no kerb between, is
 # the edge of the road, so boundary = kerb + contact line. Whatever is not ground hides the ground: ignored.
@@ -253,7 +253,8 @@ if __name__ == "__main__":
     nusc = open_tables(NuScenes, args.dataroot, args.version)
     names, revision = segmenter_names(args.segmenter)
     membership = group_labels(names)
-    source = {"version": args.version, "revision": revision, "groups": fingerprint(repr((GROUPS, LINE_GAIN))),
+    rules = rules_of(GROUPS, LINE_GAIN, labels_from_queries, contact_line, load_image, views_between, read_scene)
+    source = {"version": args.version, "revision": revision, "rules": rules,
               "segmenter": Path(args.segmenter).name if Path(args.segmenter).is_dir() else args.segmenter,
               "segmenter_size": list(args.segmenter_size), "min_confidence": args.min_confidence, "sweeps": args.sweeps}
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from model import PRESETS
 from reproject import (CLASSES, GRID_META, RANK, RANKS, SPLITS, drive_of, fingerprint, is_finished, keep_freed_memory,
-                       key_frames, look_up, make_meta, open_tables, read_json, save_json, save_pt, watched,
-                       world_from_ego)
+                       key_frames, look_up, make_meta, open_tables, read_json, rules_of, save_json, save_pt,
+                       watched, world_from_ego)
 
 EXPANSION = "nuScenes-map-expansion-v1.3.zip from nuscenes.org, unpacked into the folder maps of the data root"
 PIECE = 1.25  # m; lines are cut into pieces no longer than this, so that each one touches a small square of cells only
@@ -226,6 +226,7 @@ if __name__ == "__main__":
     if not split["train"] + split["val"]:
         sys.exit(f"error: no scene of {args.dataroot} is in nuScenes' official train or val split: see --version")
 
+    rules = rules_of(PIECE, SEAM, read_map, one_way, contour, pieces, draw_lines, fill_rings, rasterise)
     todo, digests, tracks = {}, {}, {}  # map file -> scenes, map file -> its fingerprint, scene -> (T, 2) m
     for number, scene in enumerate(nusc.scene):
         location = look_up(nusc, "log", scene["log_token"])["location"]
@@ -235,7 +236,8 @@ if __name__ == "__main__":
                 sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
             digests[path] = fingerprint(path.read_bytes())
         samples = key_frames(nusc, scene)
-        meta = make_meta(config, {"version": args.version, "map": digests[path], "drive": drive_of(nusc, samples)})
+        source = {"version": args.version, "map": digests[path], "drive": drive_of(nusc, samples), "rules": rules}
+        meta = make_meta(config, source)
         tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
         tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(digests).index(path), 0)  # a far place each
         if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens,

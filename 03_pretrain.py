@@ -21,7 +21,6 @@ Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every
     python 03_pretrain.py
     torchrun --nproc-per-node 8 03_pretrain.py --preset paper --steps 7500 --batch-size 32 --lr 4e-4 --workers 8
 """
-import inspect
 import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -33,8 +32,8 @@ from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
 from reproject import (CLASS_WEIGHTS, CLASSES, CONSENSUS_FLAGS, FRAMES_META, GRID_META, IGNORE, NUM_CLASSES, RANK,
-                       RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, fingerprint, is_finished,
-                       join_ranks, load_artifact, make_meta, pixels_to_ground, read_splits, relative_pose, render,
+                       RANKS, SPLITS, Frames, cells_in_cameras, check_training, claim, is_finished, join_ranks,
+                       load_artifact, make_meta, pixels_to_ground, read_splits, relative_pose, render, rules_of,
                        save_pt, sum_over_ranks, warp, watched)
 
 MAX_RANGE = 20.0  # m; pixels that look at ground farther from their camera do not count
@@ -246,9 +245,9 @@ def draw(votes, config, as_painted):
     return ground_map
 
 
-# Any change of these, be it a comment, makes another consensus: what is stored or was learnt from it is refused.
-FUNCTIONS = find_slope, cast_votes, middle_of_lines, join_dashes, consensus, draw, pixels_to_ground
-RULES = fingerprint(repr((MAX_RANGE, RASTER, STRAY, LINES, BENDS, *map(inspect.getsource, FUNCTIONS))))
+# With other ones, a stored consensus and what was learnt from it are refused.
+RULES = rules_of(MAX_RANGE, RASTER, STRAY, LINES, BENDS, find_slope, cast_votes, middle_of_lines, join_dashes,
+                 consensus, draw, pixels_to_ground)
 
 
 # ---------------------------------------------------------------- losses

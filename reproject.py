@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -438,6 +439,12 @@ def world_from_ego(nusc, sample):
 def fingerprint(data):
     """The first twelve hexadecimal digits of the SHA-256 of bytes or of a text."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:12]
+
+
+def rules_of(*things):
+    """A fingerprint of constants and functions, by their text: what other code has made is refused, be it a comment
+    that has changed."""
+    return fingerprint(repr([inspect.getsource(thing) if callable(thing) else thing for thing in things]))
 
 
 def read_json(path, remedy):

@@ -315,6 +315,21 @@ def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
     assert "was made with rules" in run(stage, "--steps", 3, cwd=world, ok=False)
 
 
+@pytest.mark.parametrize("stage, was, is_now", (
+    ("01_pseudolabel.py", "LINE_GAIN = 2.0", "LINE_GAIN = 1.5"),
+    ("01_pseudolabel.py", "F.adaptive_max_pool", "F.adaptive_avg_pool"), ("02_bev_gt.py", "SEAM = 0.02", "SEAM = 0.03"),
+    ("02_bev_gt.py", "fill_rings(to_cells(points), ring,", "fill_rings(to_cells(points) + 0.5, ring,")))
+def test_labels_and_truth_that_other_code_has_made_are_refused(world, tmp_path, stage, was, is_now):
+    """Whoever edits how pixels or cells get their class, and runs the stage again, must not keep those of before."""
+    for name in ("model.py", "reproject.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (ROOT / stage).read_text()
+    (tmp_path / stage).write_text(text.replace(was, is_now))
+    flags = ["--segmenter", ROOT / "tests/toy_segmenter"] if stage[:2] == "01" else []
+    said = run(tmp_path / stage, *flags, cwd=world, ok=False)
+    assert was in text and "was made with rules" in said and "or use another --out" in said
+
+
 def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_path):
     shutil.copytree(world / "out", tmp_path / "out")
     splits = json.loads((tmp_path / "out/splits.json").read_text())

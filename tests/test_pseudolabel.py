@@ -226,7 +226,7 @@ def test_files_read_back(world):
     assert frames["timestamp"].dtype == torch.int64 and frames["timestamp"].shape == (2,)
     assert frames["world_T_ego"].dtype == torch.float64 and frames["ego_T_cam"].dtype == torch.float32
     assert set(frames["meta"]["source"]) == {"version", "segmenter", "revision", "segmenter_size", "min_confidence",
-                                             "sweeps", "groups", "drive"}
+                                             "sweeps", "rules", "drive"}
     assert frames["meta"]["source"]["segmenter"] == "toy_segmenter" and len(frames["meta"]["source"]["revision"]) == 12
     item = Frames(world / "out", [path.stem for path in paths], PRESETS["toy"], history=1)[3]
     assert item["image"].shape == (2, 6, 3, 144, 256) and item["label"].shape == (6, 144, 256)
@@ -382,7 +382,7 @@ def test_damaged_sweeps(world, tmp_path):
     path = sorted(root.glob("sweeps/CAM_BACK/*"))[2]
     path.write_bytes(path.read_bytes()[:5000])
     flags = "--dataroot", root, "--out", out, "--sweeps", "1"
-    fails(run(world, *flags), path.name, "damaged", "unpack")
+    fails(run(world, *flags), path.name, "cannot be read", "unpack")
     path.unlink()
     fails(run(world, *flags), path.name, "missing", "unpack")
     assert not list(out.rglob("*.pt"))
@@ -451,7 +451,7 @@ def test_broken_images(world, tmp_path):
     path = sorted(root.glob(f"samples/CAM_BACK/*{scenes[1]['name']}*"))[-1]
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
-    fails(run(world, "--dataroot", root, "--out", out), path.name, "damaged", "unpack")
+    fails(run(world, "--dataroot", root, "--out", out), path.name, "cannot be read", "unpack")
     path.unlink()
     fails(run(world, "--dataroot", root, "--out", out), path.name, "missing")
     assert [p.name for p in out.rglob("*") if p.is_file()] == [f"{scenes[0]['name']}.pt"]
