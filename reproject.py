@@ -442,8 +442,8 @@ def fingerprint(data):
 
 
 def rules_of(*things):
-    """A fingerprint of constants and functions, by their text: what other code has made is refused, be it a comment
-    that has changed."""
+    """A fingerprint of constants and of the text of functions: once it has changed, be it by a comment, what was made
+    before is refused."""
     return fingerprint(repr([inspect.getsource(thing) if callable(thing) else thing for thing in things]))
 
 
@@ -615,7 +615,7 @@ class Frames(torch.utils.data.Dataset):
             # A file of one's own making may have other types, and do without names.
             frames = {"description": ""} | frames | {key: frames[key].float() for key in ("K", "ego_T_cam")}
             frames |= {"scene": scene, "world_T_ego": frames["world_T_ego"].double()}
-            frames["meta"]["source"]["frames"] = frames["digest"]  # a consensus must be that of these very labels
+            frames["meta"]["source"]["frames"] = frames["digest"]  # a consensus is of these labels; its rules are 03's
             if bev_gt:
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"

@@ -86,7 +86,7 @@ ROWS = MAIN | {  # what belongs beside it
 }
 ABLATIONS = {name: ("03_pretrain.py", ["--steps", 300, *flags], None) for name, flags in {
     "all": [],
-    "one view": ["--view-range", 0],
+    "its own cameras alone": ["--view-range", 0],
     "labels as painted": ["--target", "painted"],
     "hidden ground not left out": ["--margin", -1],
     "no margin around what hides": ["--margin", 0],

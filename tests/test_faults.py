@@ -116,7 +116,8 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "out"
     write_scene(folder, "a", CONFIG, [0.0, 0.5])
     truth = load_pt(folder / "bev_gt/a.pt", "")
-    truth["meta"]["source"] = dict.fromkeys(CONSENSUS_FLAGS, 1)
+    labels = load_artifact(folder / "frames/a.pt", "")
+    truth["meta"]["source"] = dict.fromkeys(CONSENSUS_FLAGS, 1) | {"frames": labels["digest"]}
     truth["bev"][:, ::7] = 3
     save_pt(truth, folder / "pretrain/a.pt")
     torch.manual_seed(0)

@@ -316,6 +316,7 @@ def test_a_consensus_that_other_code_has_made_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize("stage, was, is_now", (
+    ("01_pseudolabel.py", '("Curb",)', '("Curb", "Curb Cut")'),
     ("01_pseudolabel.py", "LINE_GAIN = 2.0", "LINE_GAIN = 1.5"),
     ("01_pseudolabel.py", "F.adaptive_max_pool", "F.adaptive_avg_pool"), ("02_bev_gt.py", "SEAM = 0.02", "SEAM = 0.03"),
     ("02_bev_gt.py", "fill_rings(to_cells(points), ring,", "fill_rings(to_cells(points) + 0.5, ring,")))
