@@ -7,8 +7,8 @@
     python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
     python tests/bench_claim.py --ablations --seeds 2    # what each part adds
 
-All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16; float32 on a CPU without
-instructions for it). Seconds are those of the whole command, from its start to its end, loading and voting included. On
+All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16; float32 on a CPU that is not
+faster in bfloat16). Seconds are those of the whole command, from its start to its end, loading and voting included. On
 CPUs two commands run at a time, each with half of the cores: two cores do a fifth more steps so, and the commands do
 not slow each other down. But for the length of the baseline, where they speak in its favour, and for how the memory of
 05 carries maps along, nothing was chosen on the val scenes: `--length`, and the trials that chose settings (trials.md),

@@ -613,9 +613,11 @@ def test_an_empty_split_is_named(tmp_path):
 
 @pytest.mark.parametrize("device, processor, gpu, used", (
     ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True, False),
-    ("cpu", {"avx512_bf16": True}, False, True), ("cpu", {"neon": True, "bf16": True}, False, True),
+    ("cpu", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, False, True), ("cpu", {"neon": True, "bf16": True}, False, True),
+    ("cpu", {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, True, False),
+    ("cpu", {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, False, True),
     ("cuda:0", {"avx512_bf16": False}, True, True), ("cuda:0", {"avx512_bf16": True}, False, False)))
-def test_bfloat16_only_where_there_are_instructions_for_it(device, processor, gpu, used, monkeypatch, capsys):
+def test_bfloat16_only_where_it_saves_time(device, processor, gpu, used, monkeypatch, capsys):
     monkeypatch.setattr("reproject.DEVICE", device)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: processor)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu and not including_emulation)
