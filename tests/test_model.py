@@ -613,7 +613,8 @@ def test_an_empty_split_is_named(tmp_path):
 
 @pytest.mark.parametrize("device, processor, gpu, used", (
     ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True, False),
-    ("cpu", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, False, True), ("cpu", {"neon": True, "bf16": True}, False, True),
+    ("cpu", {"avx512_bf16": True, "cpu_name": "AMD EPYC"}, False, True),
+    ("cpu", {"neon": True, "bf16": True}, False, True),
     ("cpu", {"avx512_bf16": True, "cpu_name": "Intel Xeon"}, True, False),
     ("cpu", {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, False, True),
     ("cuda:0", {"avx512_bf16": False}, True, True), ("cuda:0", {"avx512_bf16": True}, False, False)))
