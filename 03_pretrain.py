@@ -1,16 +1,17 @@
 """Stage 03: learn the BEV map from the cameras alone. No BEV label is read.
 
 The network predicts a BEV map; where a camera sees the ground, cross-entropy compares the map with the pseudo-label of
-that camera. (Phase 1 of the paper.) There are two ways to do so:
+that camera. (Phase 1 of the paper.) There are two ways to do so, the second in two styles:
 
 - `--target rendered`, as in the paper: at each step `render` looks at the predicted map through its frame's cameras.
 - `--target consensus`, the default: markings do not move, so the cameras of *all* frames of a scene can look at the
   same map. Every pixel votes for its class where its ray meets the ground: cross-entropy with all votes is what
   rendering the map into all cameras would give. The votes are cast once, and what they agree on is drawn as a map, the
-  target: lines as wide as in the ground truth, dashes joined (not with `painted`). A hundred views cost as much as one.
+  target: lines as wide as in the ground truth, dashes joined. A hundred views cost as much as one. `--target painted`
+  draws no lines: a cell keeps the class with most votes.
 
 Two more losses: the image features must also predict the pseudo-labels (to learn in fewer steps what to look for), and
-the prediction must not change much from one frame to the next.
+the prediction must not change much from one frame to the next (in the quarter of the steps that have a history).
 
 Reads  out/frames/<scene>.pt of the training scenes, out/splits.json, a released BEVFormer if --init names one
 Writes out/pretrain.pt (model, config, args, optimizer, step, rng, curve), every minute and at the end; with it
@@ -106,7 +107,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
     corner = car.amin(0) - reach
     X, Y = ((car.amax(0) + reach - corner) / RASTER).ceil().long().tolist()
     votes, c, s = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope)
-    level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # seen from the slope
+    level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # the slope at z = 0
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
         ego_T_cam = level_T_ego @ scene["ego_T_cam"][t]
@@ -136,7 +137,7 @@ def middle_of_lines(share):
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
     stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
     stroke = stroke / stroke.sum((1, 2), keepdim=True)
-    # In the middle of paint that is 0.1 m wide, the share is 0.2, in 0.3 m it is 0.5: so ask what the best here have.
+    # In the middle of paint that is 0.1 m wide, the share is 0.2, in 0.3 m it is 0.5: so the best here set it.
     some = share[share > 0.1]
     least = min(0.25, 0.7 * some.quantile(0.9).item()) if len(some) else 0.25
     row, column = (share > least).nonzero(as_tuple=True)
@@ -148,7 +149,7 @@ def middle_of_lines(share):
     cos, sin = (response @ (2 * angle).cos()), (response @ (2 * angle).sin())  # (P,) each
     elongated = (cos ** 2 + sin ** 2).sqrt() > 0.85 * response.sum(1)  # 1: all in one direction, 0: a round spot
     row, column, direction = (x[elongated] for x in (row, column, torch.atan2(sin, cos) / 2))
-    across = torch.stack((-direction.sin(), direction.cos()))  # (2, P)
+    across = torch.stack((-direction.sin(), direction.cos()))  # (2, P); of the cells across a line, its ridge is kept
     highest = torch.ones_like(row, dtype=torch.bool)
     for step in (-2, -1, 1, 2):
         x, y = (torch.stack((row, column)) + step * across).round().long()

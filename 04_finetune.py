@@ -6,8 +6,8 @@ baseline uses no pseudo-labels.
 
 The labelled scenes are chosen by a hash of their names: those of --labels 0.25 are among those of 0.5, on any machine.
 
-Reads  out/frames/<scene>.pt of both, out/bev_gt/<scene>.pt of those with labels, out/splits.json, the checkpoint of
-       --init, e.g. out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
+Reads  out/frames/<scene>.pt of all train scenes, out/bev_gt/<scene>.pt of those with labels, out/splits.json, the
+       checkpoint of --init, e.g. out/pretrain.pt, and out/pretrain/<scene>.pt of the other scenes
 Writes out/finetune.pt, every minute and at the end, and with it .previous.pt, .jsonl, .png and _sample.png, as 03
 
     python 04_finetune.py

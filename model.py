@@ -9,8 +9,8 @@ attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights
 loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
-cells of a BEV grid, Q = H*W queries, S feature maps, R (camera, query) pairs, h x w pixels: of an image, in the
-attentions of a feature map (h' x w' where both occur). Axes: see reproject.py.
+cells of a BEV grid, Q = H*W queries, S feature maps, R rows of queries (spatial: of a sample and a camera that sees
+it), h x w pixels: of an image, in the attentions of a feature map (h' x w' where both occur). Axes: see reproject.py.
 """
 import importlib
 import json
@@ -92,7 +92,7 @@ PRESETS = {
 
 # ---------------------------------------------------------------- deformable attention
 def init_guide(linear, heads, levels, points, group=1):
-    """Start as Deformable DETR does: each head looks in a direction of its own, ever farther, but from 0 steps on.
+    """Start as Deformable DETR does: each head looks in its own direction, its k-th point k pixels away (there: k + 1).
 
     linear: its 3 * heads * levels * points outputs are the x, then the y, then the weights of all points. Every
     `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on each
@@ -128,7 +128,7 @@ class TemporalSelfAttention(nn.Module):
         # Without a history both are the same BEV, which is projected once.
         bevs = [self.value(bev) for bev in ((previous,) if previous is current else (previous, current))]
         maps = torch.cat(bevs).view(-1, H, W, M, C // M)  # (S, H, W, M, D), S = B or 2B
-        # Which map is a sample's previous BEV, and which its current one: these are the last ones.
+        # A sample's previous BEV is among the first B maps, its current one among the last B.
         sample = torch.arange(B, dtype=torch.int32, device=query.device).repeat_interleave(Q)  # (B*Q,)
         source = torch.stack((sample, len(maps) - B + sample), -1).repeat_interleave(P, -1)[:, None]  # (B*Q, 1, 2*P)
         x, y, weights = (t.reshape(B * Q, M, 2 * P) for t in (x, y, weights))  # (B*Q, M, 2*P)
@@ -160,7 +160,7 @@ class SpatialCrossAttention(nn.Module):
             # Values are projected once a layer and camera, not once a query: (B*N, h, w, M, D)
             maps = self.value(feature).unflatten(-1, (M, C // M))
             seen = seen + deformable_attention(maps, *places, weights[:, :, level], camera.view(R, 1, 1))  # (R, C)
-        # Mean over the cameras that see the query; one that sees nothing was never computed.
+        # Mean over the cameras that see the query; `hits` lists no others.
         total = torch.zeros(B * Q, C, dtype=seen.dtype, device=seen.device).index_add(0, of_query, seen)  # (B*Q, C)
         count = torch.bincount(of_query, minlength=B * Q).clamp(min=1).unsqueeze(-1)  # (B*Q, 1)
         return query + self.output((total / count).view(B, Q, C))  # (B, Q, C)
@@ -202,8 +202,8 @@ class Encoder(nn.Module):
         reference = torch.stack((column, row), -1).to(K)  # (H, W, 2)
         query = first.expand(len(K), -1, -1)  # (B, Q, C)
         for layer in self.layers:
-            # BEVFormer by definition: with history every layer compares the previous BEV with the *first* queries;
-            # without, both stand for the layer's own input.
+            # As in BEVFormer: with a history, every layer attends to the previous BEV and to the *first* queries;
+            # without, to its own input twice.
             then = now = query
             if previous is not None:
                 then, now = (torch.where(has_previous.view(-1, 1, 1), bev, query) for bev in (previous, first))
@@ -255,7 +255,7 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool: False where a
         sample has none. Returns logits (B, classes, H, W) on the fine grid and BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        # By its own brightness and contrast, so that night and day look alike to the batch norms; black stays finite.
+        # A key frame's images get a common mean and contrast, so that night looks like day; + 1: black stays finite.
         image = image - image.mean((1, 3, 4), keepdim=True, dtype=torch.float32)
         image = (image / (image.square().mean((1, 3, 4), keepdim=True).sqrt() + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
@@ -299,11 +299,11 @@ def step(model, frame, bev, world_T_previous):
 def remember(past, logits, frame, grid):
     """What this key frame and the last ones say together: the mean of their class probabilities for the same ground.
 
-    A map is sharp near the car: up to NEAR all count alike, farther away ever less. So the road behind, which no camera
-    will see better again, stays as it was seen from near by. logits (1, classes, H, W) come from this frame alone; past
-    lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)] of the drive, and this frame joins
-    it. Each is carried here in one step: a map that is handed on from frame to frame is blurred by each of them.
-    Returns log probabilities (1, classes, H, W)."""
+    A map is sharp near the car: it counts fully there, half at NEAR, and soon after not at all. So the road behind,
+    which no camera will see better again, stays as it was seen from near by. logits (1, classes, H, W) come from this
+    frame alone; past lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)] of the drive, and
+    this frame joins it. Each is carried here in one step: a map that is handed on from frame to frame is blurred by
+    each of them. Returns log probabilities (1, classes, H, W)."""
     weight = 1 / (1 + (grid.centres(logits).norm(dim=-1) / NEAR) ** 8)  # (H, W)
     if not frame["linked"].item():
         past.clear()
@@ -331,8 +331,9 @@ def load_official(model, state_dict):
     """Fill a BEVSegmenter with the parameters of a released BEVFormer detector (its `state_dict`), in our axes.
 
     The BEV of BEVFormer has row 0 at the rear: queries, row embeddings and the y of temporal offsets are flipped. We do
-    not read the CAN bus: queries take in what its network says to zeros. Returns {"used", "ignored": their names, the
-    latter the detection decoder; "left": ours that keep their start}. Raises ValueError, naming what does not fit."""
+    not read the CAN bus: what its network returns for zeros is added to the queries. Returns {"used", "ignored": their
+    names, the latter the detection decoder; "left": ours that keep their start}. Raises ValueError, naming what does
+    not fit."""
     H, C, ours, used = model.config.bev_shape[0], model.config.channels, {}, {}
     for key, value in state_dict.items():
         name = key
@@ -496,8 +497,8 @@ def orthogonal(matrix):
 class Optimizer:
     """Muon (Jordan et al., 2024; step size of Liu et al., 2025, arXiv 2502.16982) for the weights of the hidden layers,
     AdamW for all else: embeddings, biases, norms, the first layer, the last ones, what guides attention, and a backbone
-    with ImageNet weights. (Names tell which is which: a new last layer belongs into `others`.) A step of Muon changes
-    all directions of a matrix by as much, where other optimizers mostly follow the few in which gradients are large."""
+    with ImageNet weights. (Names tell which is which: add that of a new last layer to `others`.) A step of Muon changes
+    all directions of a matrix alike, where other optimizers mostly follow the few in which gradients are large."""
 
     def __init__(self, model):
         params = dict(model.named_parameters())
@@ -541,7 +542,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     torch.set_float32_matmul_precision("highest")  # no TF32: see `orthogonal`
     model.encoder.checkpointing = args.checkpointing
     optimizer = Optimizer(model)
-    args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # no run goes on with the state of another one
+    args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # in a checkpoint: a run of another one is refused
     start, curve = resume(model, optimizer, args, path)
     if sum_over_ranks(torch.tensor(start, device=DEVICE)) != RANKS * start:
         sys.exit(f"error: {path} is not the same on all machines: put --out where all of them see it")

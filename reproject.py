@@ -11,9 +11,10 @@ Places and directions, stated once:
 - BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
   transpose exists outside this file, except in `load_official` (model.py), for weights that were trained otherwise.
 
-The way down, `render` (BEV -> cameras), is the heart of the self-supervision: each pixel's ray is intersected with the
-ground and the BEV logits are read there. The way up, `lift` (cameras -> BEV), is inverse perspective mapping. `warp`
-carries a BEV grid from one ego frame to another. `deformable_attention` reads feature maps where a network tells it to.
+`pixels_to_ground` is the heart of the self-supervision: it meets each pixel's ray with the ground. Stage 03 lets the
+pixels vote there; the paper's way, `render` (BEV -> cameras), reads the BEV logits there. The way up, `lift` (cameras
+-> BEV), is inverse perspective mapping. `warp` carries a BEV grid from one ego frame to another. `deformable_attention`
+reads feature maps where a network tells it to.
 `Frames` is the data set that stages 03 to 05 read. At the end is what the training stages share besides the network.
 """
 import atexit
@@ -72,11 +73,11 @@ DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available()
 
 
 def has_bfloat16():
-    """Whether bfloat16 saves time: without instructions for it, a CPU takes eight times as long as in float32."""
+    """Whether --bf16 is used: by a GPU that supports it, by a CPU that is faster so (without, up to 8 times slower)."""
     if DEVICE != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
-    by_vectors = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")  # there, slower than float32
+    by_vectors = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")  # without AMX, it is slower so
     return bool(by_vectors or cpu.get("amx_bf16") or cpu.get("bf16"))
 
 
