@@ -41,14 +41,12 @@ GROUPS = {
     "kerb": ("Curb",),
     "carriageway": ("Road", "Bike Lane", "Service Lane", "Parking", "Rail Track", "Manhole", "Catch Basin", "Pothole"),
     "verge": ("Sidewalk", "Pedestrian Area", "Curb Cut", "Terrain", "Sand", "Snow"),
-    "not ground": (
-        "Bird", "Ground Animal", "Fence", "Guard Rail", "Barrier", "Wall", "Bridge", "Building", "Tunnel", "Person",
-        "Bicyclist", "Motorcyclist", "Other Rider", "Mountain", "Sky", "Vegetation", "Water", "Banner", "Bench",
-        "Bike Rack", "Billboard", "CCTV Camera", "Fire Hydrant", "Junction Box", "Mailbox", "Phone Booth",
+    "not ground": ("Bird", "Ground Animal", "Fence", "Guard Rail", "Barrier", "Wall", "Bridge", "Building", "Tunnel",
+        "Person", "Bicyclist", "Motorcyclist", "Other Rider", "Mountain", "Sky", "Vegetation", "Water", "Banner",
+        "Bench", "Bike Rack", "Billboard", "CCTV Camera", "Fire Hydrant", "Junction Box", "Mailbox", "Phone Booth",
         "Street Light", "Pole", "Traffic Sign Frame", "Utility Pole", "Traffic Light", "Traffic Sign (Back)",
         "Traffic Sign (Front)", "Trash Can", "Bicycle", "Boat", "Bus", "Car", "Caravan", "Motorcycle", "On Rails",
-        "Other Vehicle", "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle", "Unlabeled"),
-}
+        "Other Vehicle", "Trailer", "Truck", "Wheeled Slow", "Car Mount", "Ego Vehicle", "Unlabeled")}
 LINE_GAIN = 2.0  # paint and kerbs are often narrower than a pixel of the network: they win it from 35% of its area
 
 
@@ -161,12 +159,9 @@ def contact_line(group):
     """Pixels (h, w) bool of the carriageway, or of paint on it, that touch the verge, and the other way round."""
     _, _, kerb, carriageway, verge, _ = range(len(GROUPS))
     on, off = (group < kerb) | (group == carriageway), group == verge
-    touch = torch.zeros_like(on)
-    for here, there in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):  # above and below, left and right
-        edge = (on[here] & off[there]) | (off[here] & on[there])
-        touch[here] |= edge
-        touch[there] |= edge
-    return touch
+    framed = F.pad(torch.stack((on, off)), (1, 1, 1, 1))  # (2, h + 2, w + 2); then above, below, left, right of a pixel
+    by_on, by_off = framed[:, :-2, 1:-1] | framed[:, 2:, 1:-1] | framed[:, 1:-1, :-2] | framed[:, 1:-1, 2:]
+    return (on & by_off) | (off & by_on)
 
 
 # ---------------------------------------------------------------- the data set
@@ -198,8 +193,7 @@ def read_scene(nusc, scene, image_size, sweeps=0):
     views = [(sample["timestamp"], world_from_ego(nusc, sample),
               [recorded(nusc, sample, camera) for camera in CAMERAS]) for sample in samples]
     if sweeps:
-        views += [view for (*_, now), (*_, after) in zip(views, views[1:])
-                  for view in views_between(nusc, now, after, sweeps)]
+        views += sum((views_between(nusc, now, after, sweeps) for (*_, now), (*_, after) in zip(views, views[1:])), [])
         if len(views) == len(samples) > 1:
             sys.exit(f"error: {nusc.table_root}/sample_data.json has no images between the key frames of "
                      f"{scene['name']}: use --sweeps 0")
@@ -214,13 +208,11 @@ def read_scene(nusc, scene, image_size, sweeps=0):
             scale = torch.tensor((image_size[1] / data["width"], image_size[0] / data["height"], 1))
             K.append(torch.tensor(sensor["camera_intrinsic"]) * scale[:, None])
             paths.append(Path(nusc.dataroot) / data["filename"])
+    K, ego_T_cam = (torch.stack(matrices).float().unflatten(0, (-1, len(CAMERAS))) for matrices in (K, ego_T_cam))
     timestamps, poses, _ = zip(*views)
-    frames = {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
-              "description": scene["description"], "token": [sample["token"] for sample in samples],
-              "timestamp": torch.tensor(timestamps), "world_T_ego": torch.stack(poses),
-              "K": torch.stack(K).float().unflatten(0, (-1, len(CAMERAS))),
-              "ego_T_cam": torch.stack(ego_T_cam).float().unflatten(0, (-1, len(CAMERAS)))}
-    return frames, paths
+    return {"scene": scene["name"], "location": look_up(nusc, "log", scene["log_token"])["location"],
+            "description": scene["description"], "token": [sample["token"] for sample in samples], "K": K,
+            "ego_T_cam": ego_T_cam, "timestamp": torch.tensor(timestamps), "world_T_ego": torch.stack(poses)}, paths
 
 
 def load_image(path, image_size, segmenter_size):
@@ -263,8 +255,7 @@ if __name__ == "__main__":
     for scene in share:
         samples = key_frames(nusc, scene)
         meta = make_meta(config, source | {"drive": drive_of(nusc, samples)})
-        if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META, [sample["token"] for sample in samples],
-                           f"delete {folder} or use another --out"):
+        if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META, [sample["token"] for sample in samples]):
             todo.append((scene, meta))
     if not todo:
         print(f"{folder} is finished ({len(share)} scenes): nothing to do")

@@ -65,8 +65,7 @@ def read_map(path):
                  for record in table["polygon"]}
         polygon = {}
         for layer in ("ped_crossing", "road_segment", "lane"):
-            points = [[[node[token] for token in ring] for ring in rings[record["polygon_token"]]]
-                      for record in table[layer]]
+            points = [[[node[n] for n in ring] for ring in rings[record["polygon_token"]]] for record in table[layer]]
             polygon[layer] = [shapely.Polygon(outside, holes) for outside, *holes in points]
         # Some road dividers of the real maps have no line: an empty token or fewer than two nodes.
         divider = [line[record["line_token"]] for layer in ("lane_divider", "road_divider")
@@ -165,11 +164,10 @@ def rasterise(road_map, world_T_ego, grid, line_width):
 
 
 def rasterise_scene(road_map, config, scene):
-    """The content of a scene's file. scene: (meta, name, tokens [T], world_T_ego (T, 4, 4)). The maps are an array, as
+    """The content of a scene's file. scene: (that without the maps, world_T_ego (T, 4, 4)). The maps are an array, as
     tensors would come from a worker through shared memory, of which there may be little."""
-    meta, name, tokens, poses = scene
-    bev = [rasterise(road_map, world_T_ego, config.grid, config.line_width) for world_T_ego in poses]
-    return {"meta": meta, "scene": name, "token": tokens, "bev": np.stack(bev)}
+    content, poses = scene
+    return content | {"bev": np.stack([rasterise(road_map, pose, config.grid, config.line_width) for pose in poses])}
 
 
 def official_splits(scenes, version):
@@ -229,8 +227,7 @@ if __name__ == "__main__":
     rules = rules_of(PIECE, SEAM, read_map, one_way, contour, pieces, draw_lines, fill_rings, rasterise)
     todo, digests, tracks = {}, {}, {}  # map file -> scenes, map file -> its fingerprint, scene -> (T, 2) m
     for number, scene in enumerate(nusc.scene):
-        location = look_up(nusc, "log", scene["log_token"])["location"]
-        path = Path(args.dataroot) / "maps" / "expansion" / f"{location}.json"
+        path = Path(args.dataroot) / f"maps/expansion/{look_up(nusc, 'log', scene['log_token'])['location']}.json"
         if path not in digests:
             if not path.is_file():
                 sys.exit(f"error: {path} is missing (the map of {scene['name']}): get {EXPANSION}")
@@ -240,9 +237,8 @@ if __name__ == "__main__":
         meta = make_meta(config, source)
         tokens, poses = [s["token"] for s in samples], torch.stack([world_from_ego(nusc, s) for s in samples])
         tracks[scene["name"]] = poses[:, :2, 3].numpy() + (1e6 * list(digests).index(path), 0)  # a far place each
-        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens,
-                                                      f"delete {folder} or use another --out"):
-            todo.setdefault(path, []).append((meta, scene["name"], tokens, poses))
+        if number % RANKS == RANK and not is_finished(folder / f"{scene['name']}.pt", meta, GRID_META, tokens):
+            todo.setdefault(path, []).append(({"meta": meta, "scene": scene["name"], "token": tokens}, poses))
     del nusc.explorer, nusc  # it refers back to the tables: gigabytes, which the workers would inherit
 
     keep_freed_memory()

@@ -87,12 +87,11 @@ def find_slope(frames, index, args):
     frame is asked, and every quarter of a degree up to 3 degrees (5%)."""
     views = range(0, len(frames.scenes[index]["token"]), 3)
 
-    def agreement(slope):
+    def agreement(slope):  # and how level it is, for where nothing is painted
         votes, _ = cast_votes(frames, index, views, args, slope)
-        return (votes[1:].square().sum() / (votes[1:] * votes.sum(0)).sum().clamp(min=1e-6)).item()
+        return (votes[1:].square().sum() / (votes[1:] * votes.sum(0)).sum().clamp(min=1e-6)).item(), -abs(slope)
 
-    return max((math.radians(quarters / 4) for quarters in range(-12, 13)),
-               key=lambda slope: (agreement(slope), -abs(slope)))  # level, where nothing is painted
+    return max((math.radians(quarters / 4) for quarters in range(-12, 13)), key=agreement)
 
 
 def cast_votes(frames, index, views, args, slope=0.0):
@@ -106,7 +105,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
     reach = MAX_RANGE + scene["ego_T_cam"][..., :2, 3].norm(dim=-1).max() + 1  # m from the car's origin
     corner = car.amin(0) - reach
     X, Y = ((car.amax(0) + reach - corner) / RASTER).ceil().long().tolist()
-    votes, c, s = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope)
+    votes, c, s, margin = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope), max(args.margin, 0)
     level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # the slope at z = 0
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
@@ -115,7 +114,6 @@ def cast_votes(frames, index, views, args, slope=0.0):
         if args.margin < 0:
             label = torch.where(label == IGNORE, 0, label)
         # What hides the ground is labelled by a segmenter that errs at its edges by a pixel or so.
-        margin = max(args.margin, 0)
         hidden = F.max_pool2d((label == IGNORE).float(), 2 * margin + 1, 1, margin) > 0
         voting = (distance <= MAX_RANGE) & ~hidden
         world_T_ego = scene["world_T_ego"][t]
@@ -246,11 +244,6 @@ def draw(votes, config, as_painted):
     return ground_map
 
 
-# With other ones, a stored consensus and what was learnt from it are refused.
-RULES = rules_of(MAX_RANGE, RASTER, STRAY, LINES, BENDS, find_slope, cast_votes, middle_of_lines, join_dashes,
-                 consensus, draw, pixels_to_ground)
-
-
 # ---------------------------------------------------------------- losses
 def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
     """Cross-entropy between the BEV logits (B, classes, H, W), rendered into the cameras, and the pseudo-labels."""
@@ -298,7 +291,9 @@ if __name__ == "__main__":
     frames = Frames(args.out, train, config, config.history)
     model = initial_model(args, config, path)
     args.seen = sorted({*args.seen, *train})
-    args.data, args.rules = frames.digest, RULES  # in the checkpoint, they tell when it was trained on other labels
+    # With other labels or other rules, a stored consensus and what was learnt from it are refused.
+    args.data, args.rules = frames.digest, rules_of(MAX_RANGE, RASTER, STRAY, LINES, BENDS, find_slope, cast_votes,
+                                                    middle_of_lines, join_dashes, consensus, draw, pixels_to_ground)
     if args.target != "rendered":
         # Each process begins with a share of its own, and finds the files of the others when it comes to theirs.
         order = sorted(range(len(frames.scenes)), key=lambda index: index % RANKS != RANK)

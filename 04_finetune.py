@@ -67,9 +67,8 @@ if __name__ == "__main__":
     model = initial_model(args, config, path)
     if args.init != "scratch" and not args.init.endswith(".pth") and not args.consensus.get("target"):
         sys.exit(f"error: {args.init} is no checkpoint of 03_pretrain.py: give one, scratch, or a released BEVFormer")
-    rest = {}
-    if args.consensus.get("target") in ("consensus", "painted") and not args.labelled_only:
-        rest = {scene: Path(args.init).with_suffix("") / f"{scene}.pt" for scene in train if scene not in args.scenes}
+    keep = [] if args.labelled_only or args.consensus.get("target") not in ("consensus", "painted") else train
+    rest = {scene: Path(args.init).with_suffix("") / f"{scene}.pt" for scene in keep if scene not in args.scenes}
     frames = Frames(args.out, args.scenes + list(rest), config, config.history, True, rest, args.consensus)
     args.data = frames.digest  # compared when a run goes on: names may stay while the labels behind them change
     args.seen = sorted({*args.seen, *args.scenes, *rest})

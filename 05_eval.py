@@ -30,7 +30,7 @@ from tqdm import tqdm
 from model import PRESETS, count_confusion, iou, load_checkpoint, remember, step
 from reproject import (CAMERAS, CLASSES, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, Frames, cells_in_cameras,
                        claim, join_ranks, lift, read_image, read_json, read_splits, render, save_json, save_pt,
-                       sum_over_ranks, watched, whole_file)
+                       sum_over_ranks, watched, write_whole)
 
 RANGES = ((0, 10), (10, 20), (20, 30))  # m from the car
 RING = 2.5  # m; ground this wide is one point of IoU against distance
@@ -135,9 +135,8 @@ def draw_sheet(frames, model, config, index, title, memory):
 
 def paint(classes):
     """Class indices (h, w) -> RGB (h, w, 3) uint8."""
-    table = torch.tensor(IGNORED, dtype=torch.uint8).repeat(256, 1)  # (256, 3)
-    table[:NUM_CLASSES] = torch.tensor([COLOURS.get(name, GROUND) for name in CLASSES])
-    return table[classes.long().cpu()]
+    colours = [COLOURS.get(name, GROUND) for name in CLASSES] + [IGNORED] * (256 - NUM_CLASSES)
+    return torch.tensor(colours, dtype=torch.uint8)[classes.long().cpu()]
 
 
 def camera_block(images, classes):
@@ -153,8 +152,7 @@ def camera_block(images, classes):
 def error_map(prediction, truth):
     """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8."""
     hit, found = torch.where(prediction == truth, 1, 2), torch.where(prediction > 0, 3, 0)  # 1 to 3 as in ERRORS
-    error = torch.where(truth > 0, hit, found)
-    error[truth == IGNORE] = 4
+    error = torch.where(truth == IGNORE, 4, torch.where(truth > 0, hit, found))
     return torch.tensor((GROUND, *ERRORS.values(), IGNORED), dtype=torch.uint8)[error.cpu()]
 
 
@@ -200,9 +198,9 @@ def page_of(blocks, maps, legend, grid):
     for title, m in maps.items():
         draw.text((left, 3), title, INK, font)
         page.paste(m, (left, bar))
-        centre = (left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0]),
-                  bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0]))
-        draw.polygon([(centre[0] + x, centre[1] + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
+        x0 = left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0])  # where the car is
+        y0 = bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0])
+        draw.polygon([(x0 + x, y0 + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
     for name, colour in {**COLOURS, **legend}.items():
@@ -261,8 +259,7 @@ def predict_rig(args, model):
     with torch.no_grad():
         logits, _ = model(frame["image"], frame["K"], frame["ego_T_cam"])
     folder, sheet = Path(args.out) / "eval", contact_sheet(frame, logits, model.config.grid)
-    with whole_file(folder / "rig.png") as file:
-        sheet.save(file, "PNG")
+    write_whole(folder / "rig.png", lambda file: sheet.save(file, "PNG"))
     bev, probability = logits[0].argmax(0).byte().cpu(), logits[0].softmax(0).cpu()
     save_pt({"bev": bev, "probability": probability, "seen": seen}, folder / "rig.pt")
     wide = torch.rad2deg(2 * torch.atan(model.config.image_size[1] / 2 / frame["K"][0, :, 0, 0]))  # (N,)
@@ -285,14 +282,6 @@ def draw_distance(by_ring, title):
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def print_table(title, scores):
-    """The IoU table, a line for the whole split, each range and each condition present."""
-    print(f"{title}\n{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
-    for key, score in scores.items():
-        print(f"{key + (' m' if '-' in key else ''):>10} "
-              + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in (*score["iou"].values(), score["miou"])))
 
 
 def print_confusion(confusion):
@@ -344,21 +333,22 @@ if __name__ == "__main__":
                "confusion": confusion["all"].tolist()}
     if RANK == 0:
         save_json(metrics, folder / "metrics.json")
-        figure = draw_distance(by_ring, title)
-        with whole_file(folder / "distance.png") as file:
-            figure.savefig(file, format="png")
+        write_whole(folder / "distance.png", lambda file: draw_distance(by_ring, title).savefig(file, format="png"))
     for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
         if k % RANKS == RANK:
             sheet = draw_sheet(frames, model, config, index, "prediction", args.memory)
-            with whole_file(folder / f"sample_{k}.png") as file:
-                sheet.save(file, "PNG")
+            write_whole(folder / f"sample_{k}.png", lambda file: sheet.save(file, "PNG"))
     if args.animate and RANK == 0:
         index, = from_best_to_worst(quality, 1)  # the median
         first, *rest = [draw_sheet(frames, model.eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}",
                                    args.memory) for name, (known, model) in zip(args.animate, animated)]
         shown = [1500] * len(rest) + [4000]  # ms
-        with whole_file(folder / "animation.webp") as file:
-            first.save(file, "WEBP", save_all=True, append_images=rest, duration=shown, loop=0, quality=85)
+        write_whole(folder / "animation.webp", lambda file: first.save(
+            file, "WEBP", save_all=True, append_images=rest, duration=shown, loop=0, quality=85))
     print(f"{folder}/metrics.json and {args.pictures} pictures written")
     print_confusion(confusion["all"])
-    print_table(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}", scores)
+    print(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}")
+    print(f"{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
+    for key, score in scores.items():  # the whole split, each range and each condition that is there
+        print(f"{key + (' m' if '-' in key else ''):>10} "
+              + " ".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in (*score["iou"].values(), score["miou"])))

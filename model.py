@@ -34,7 +34,7 @@ from tqdm import tqdm
 from reproject import (CAMERAS, CLASSES, CONSENSUS_FLAGS, DEVICE, IGNORE, NUM_CLASSES, RANK, RANKS, SPLITS, BatchNorm,
                        Grid, Linear, batch_samples, check_meta, deformable_attention, fingerprint, keep_freed_memory,
                        learning_rate, load_pt, pillars_in_cameras, read_splits, relative_pose, save_pt, sum_over_ranks,
-                       warp, watched, whole_file)
+                       warp, watched, write_whole)
 
 IMAGE_WEIGHTS = (1.0, 5.0, 2.0, 5.0)  # of the classes in an image, where lines are thinner than on the map
 NEAR = 10.0  # m; ground that is farther from the car is known less well
@@ -82,15 +82,13 @@ class Config:
 
 TINY = Config(image_size=(450, 800), backbone="resnet50", stages=(4,), weights="IMAGENET1K_V2", bev_shape=(50, 50),
               channels=256, layers=3, heads=8, ffn=512, heights=(-0.5, 0.0, 0.5, 1.0), history=2)
-PRESETS = {
-    "toy": Config(),
-    "tiny": TINY,
-    "small": replace(TINY, image_size=(720, 1280), bev_shape=(150, 150)),
-    "paper": replace(TINY, cell=0.15, stages=(2, 3, 4), bev_shape=(200, 100), layers=6, history=3),
-}
+PRESETS = {"toy": Config(), "tiny": TINY,
+           "small": replace(TINY, image_size=(720, 1280), bev_shape=(150, 150)),
+           "paper": replace(TINY, cell=0.15, stages=(2, 3, 4), bev_shape=(200, 100), layers=6, history=3)}
 
 
 # ---------------------------------------------------------------- deformable attention
+@torch.no_grad()
 def init_guide(linear, heads, levels, points, group=1):
     """Start as Deformable DETR does: each head looks in its own direction, its k-th point k pixels away (there: k + 1).
 
@@ -99,10 +97,9 @@ def init_guide(linear, heads, levels, points, group=1):
     query sees exactly the pixels that it projects to."""
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = F.normalize(torch.stack((angle.cos(), angle.sin())), math.inf, 0)  # (2, heads), on the unit square
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    with torch.no_grad():
-        linear.bias.view(3, heads, levels, points)[:2] = direction[:, :, None, None] * (torch.arange(points) // group)
+    linear.weight.zero_()
+    linear.bias.zero_()
+    linear.bias.view(3, heads, levels, points)[:2] = direction[:, :, None, None] * (torch.arange(points) // group)
 
 
 class TemporalSelfAttention(nn.Module):
@@ -240,8 +237,7 @@ class BEVSegmenter(nn.Module):
         # Small at the start, unlike BEVFormer's N(0, 1), so that they do not drown the features that they are added to.
         self.query = nn.Parameter(0.1 * torch.randn(H * W, C))
         self.row, self.column = (nn.Parameter(0.1 * torch.randn(n, C // 2)) for n in (H, W))
-        self.camera = nn.Parameter(0.1 * torch.randn(len(CAMERAS), C))
-        self.level = nn.Parameter(0.1 * torch.randn(len(config.stages), C))
+        self.camera, self.level = (nn.Parameter(0.1 * torch.randn(n, C)) for n in (len(CAMERAS), len(config.stages)))
         self.encoder = Encoder(config)
         self.refine = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), BatchNorm(C), nn.ReLU())
         self.classify = nn.Sequential(nn.Conv2d(C, C // 2, 3, padding=1), BatchNorm(C // 2), nn.ReLU(),
@@ -307,8 +303,7 @@ def remember(past, logits, frame, grid):
     weight = 1 / (1 + (grid.centres(logits).norm(dim=-1) / NEAR) ** 8)  # (H, W)
     if not frame["linked"].item():
         past.clear()
-    now = torch.cat((logits.softmax(1) * weight, weight[None, None]), 1)  # (1, classes + 1, H, W)
-    past.append((now, frame["world_T_ego"]))
+    past.append((torch.cat((logits.softmax(1) * weight, weight[None, None]), 1), frame["world_T_ego"]))
     del past[:-REMEMBERED]
     total = sum(warp(then, relative_pose(pose, frame["world_T_ego"]), grid) for then, pose in past)
     return (total[:, :-1] / total[:, -1:]).clamp(min=1e-6).log()
@@ -322,8 +317,7 @@ OFFICIAL_NAMES = (  # in released BEVFormer checkpoints -> ours; regular express
     ("^bev_embedding.weight", "query"), ("^level_embeds", "level"), ("^cams_embeds", "camera"),
     ("^positional_encoding.row_embed.weight", "row"), ("^positional_encoding.col_embed.weight", "column"),
     (r"\.attentions\.0", ".temporal"), (r"\.attentions\.1(\.deformable_attention)?", ".spatial"),
-    (r"\.(value|output)_proj", r".\1"), (r"\.ffns\.0\.layers\.0\.0", ".ffn.0"), (r"\.ffns\.0\.layers\.1", ".ffn.2"),
-)
+    (r"\.(value|output)_proj", r".\1"), (r"\.ffns\.0\.layers\.0\.0", ".ffn.0"), (r"\.ffns\.0\.layers\.1", ".ffn.2"))
 OFFICIAL_BLOCKS = {"backbone", "fpn", "query", "level", "camera", "row", "column", "encoder", "can_bus_mlp"}
 
 
@@ -414,8 +408,7 @@ def load_checkpoint(path, remedy, config=None):
         sys.exit(f"error: {path} is no checkpoint of 03_pretrain.py or 04_finetune.py: {remedy}")
     try:
         found = Config(**checkpoint["config"])
-        if config is not None:
-            check_meta(path, vars(found), vars(config), vars(config), remedy)
+        check_meta(path, vars(found), vars(config or found), vars(found), remedy)
         model = BEVSegmenter(found).to(DEVICE)
     except (TypeError, ValueError, LookupError) as error:
         sys.exit(f"error: {path} does not fit Config in model.py ({error}): {remedy}")
@@ -466,17 +459,6 @@ def initial_model(args, config, path):
     return model
 
 
-class LossOf(nn.Module):
-    """A network and its loss in one: DistributedDataParallel must see all that takes part in the forward pass."""
-
-    def __init__(self, model, loss_fn):
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, batch):
-        return self.loss_fn(batch)
-
-
 def orthogonal(matrix):
     """The nearest matrix with orthogonal rows or columns, roughly: all singular values but the tiniest (1/700 of the
     norm) come near 1 (0.7 to 1.2).
@@ -523,11 +505,9 @@ class Optimizer:
                 weight.sub_(orthogonal(ahead).view_as(weight), alpha=MUON * lr * 0.2 * max(ahead.shape) ** 0.5)
 
     def state_dict(self):
-        """What a run that goes on needs."""
         return {"adamw": self.adamw.state_dict(), "muon": self.momenta}
 
     def load_state_dict(self, state):
-        """Go on from what state_dict returned."""
         self.adamw.load_state_dict(state["adamw"])
         for momentum, saved in zip(self.momenta, state["muon"], strict=True):
             momentum.copy_(saved)
@@ -552,10 +532,10 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     batches = batch_samples(len(data), args, model.config.history, start)
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=args.workers,
                                                generator=torch.Generator()))  # or it would draw from what "rng" saves
-    loss_of = LossOf(model, loss_fn)
+    both = nn.Module()  # network and loss: DistributedDataParallel must see all that takes part in the forward pass
+    both.model, both.forward = model, loss_fn
     if RANKS > 1:  # without --image its head has no gradient; the statistics of BatchNorm are the same everywhere
-        loss_of = nn.parallel.DistributedDataParallel(loss_of, find_unused_parameters=not args.image,
-                                                      broadcast_buffers=False)
+        both = nn.parallel.DistributedDataParallel(both, find_unused_parameters=not args.image, broadcast_buffers=False)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=f"{path.stem} on {DEVICE}", unit="step",
                disable=RANK > 0)
     model.train()
@@ -569,9 +549,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
             waited += time.time() - asked
             tokens += batch.pop("token")
             batch = {k: v.to(DEVICE) for k, v in batch.items()} | {"progress": i / args.steps}
-            loss_of.require_backward_grad_sync = part == args.accumulate  # ranks share gradients with the last part
+            both.require_backward_grad_sync = part == args.accumulate  # ranks share gradients with the last part
             with torch.autocast(DEVICE.split(":")[0], torch.bfloat16, enabled=args.bf16):
-                loss, parts = loss_of(batch)
+                loss, parts = both(batch)
             (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
             losses |= {name: losses.get(name, 0) + value.detach() / args.accumulate for name, value in parts.items()}
@@ -595,9 +575,9 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
 def record(curve, args, path):
     """Write the losses (curve: a dict a step) beside the checkpoint: <name>.jsonl, a line a step, and <name>.png."""
     from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second
-    lines = [{"step": i, "lr": learning_rate(i, args.steps, args.lr), **losses} for i, losses in enumerate(curve)]
-    with whole_file(path.with_suffix(".jsonl")) as file:
-        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+    lines = [json.dumps({"step": i, "lr": learning_rate(i, args.steps, args.lr), **losses}) + "\n"
+             for i, losses in enumerate(curve)]
+    write_whole(path.with_suffix(".jsonl"), lambda file: file.write("".join(lines).encode()))
     figure = Figure((7, 4), dpi=120, layout="tight")
     axes, n = figure.subplots(), max(1, len(curve) // 50)  # single steps differ too much to see a trend
     for name, colour in zip({name: None for losses in curve for name in losses}, cycle(LOSS_COLOURS)):
@@ -606,8 +586,7 @@ def record(curve, args, path):
     axes.set(xlabel="step", ylabel="loss" + f", mean of {n} values" * (n > 1), ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(path.with_suffix(".png")) as file:
-        figure.savefig(file, format="png")
+    write_whole(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png"))
 
 
 def draw_sample(model, data, path, step):
@@ -618,15 +597,13 @@ def draw_sample(model, data, path, step):
     model.train()
     frame.pop("bev", None)  # with it the sheet would call the consensus ground truth
     sheet = stage.contact_sheet(frame, logits, model.config.grid, f"map, step {step}")
-    with whole_file(path.with_name(f"{path.stem}_sample.png")) as file:
-        sheet.save(file, "PNG")
+    write_whole(path.with_name(f"{path.stem}_sample.png"), lambda file: sheet.save(file, "PNG"))
 
 
 def save_checkpoint(model, optimizer, args, curve, path):
     """Write a checkpoint and keep the one before it as <name>.previous.pt; at any moment one of them is whole."""
     if path.exists():
-        with whole_file(path.with_suffix(".previous.pt")) as file:
-            file.write(path.read_bytes())
+        write_whole(path.with_suffix(".previous.pt"), lambda file: file.write(path.read_bytes()))
     save_pt({"model": model.state_dict(), "config": asdict(model.config), "args": vars(args), "step": len(curve),
              "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "curve": curve}, path)
 

@@ -462,9 +462,8 @@ def read_json(path, remedy):
         sys.exit(f"error: {path} is damaged: {remedy}")
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open a file to be written whole or not at all: a temporary name, flushed to disk, then renamed."""
+def write_whole(path, write):
+    """Let write(file) write a file whole or not at all: under a temporary name, flushed to disk, then renamed."""
     temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")  # ranks on two machines may share a pid
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +472,7 @@ def whole_file(path):
                 if time.time() - left.stat().st_mtime > 3600:  # the run that wrote it was killed
                     left.unlink()
         with open(temporary, "wb") as file:
-            yield file
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -488,14 +487,12 @@ def save_pt(content, path):
     """Write a .pt, whole or not at all."""
     buffer = io.BytesIO()  # torch.save itself would hide a full disk behind an error of another kind
     torch.save(content, buffer)
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def save_json(content, path):
     """Write a JSON file, whole or not at all."""
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def load_pt(path, remedy):
@@ -579,12 +576,13 @@ def check_meta(path, found, expected, keys, remedy):
             sys.exit(f"error: {path} was made with {key} {found.get(key)}, expected {expected[key]}: {remedy}")
 
 
-def is_finished(path, meta, keys, tokens, remedy):
+def is_finished(path, meta, keys, tokens, remedy=None):
     """Whether `path` holds what this run would write; stop with one line if it was made some other way.
 
     keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames."""
     if not Path(path).exists():
         return False
+    remedy = remedy or f"delete {path.parent} or use another --out"
     found = load_artifact(path, "delete it and run again")
     check_meta(path, found["meta"], meta, keys, remedy)
     check_meta(path, found["meta"]["source"], meta["source"], meta["source"], remedy)
@@ -680,11 +678,10 @@ def mirror(item):
     columns = torch.tensor((-1.0, 1.0, 1.0, 1.0))  # of a camera point: x does
     K = item["K"].clone()
     K[..., 0, 2] = item["image"].shape[-1] - K[..., 0, 2]
-    return item | {
-        "image": item["image"].flip(-1)[:, swap], "label": item["label"].flip(-1)[swap], "K": K[:, swap],
-        "ego_T_cam": (sides[:, None] * item["ego_T_cam"] * columns)[:, swap],
-        "world_T_ego": sides[:, None] * item["world_T_ego"] * sides,
-        **({"bev": item["bev"].flip(-1)} if "bev" in item else {})}
+    flipped = {key: item[key].flip(-1) for key in ("image", "label", "bev") if key in item}
+    return item | flipped | {"image": flipped["image"][:, swap], "label": flipped["label"][swap], "K": K[:, swap],
+                             "ego_T_cam": (sides[:, None] * item["ego_T_cam"] * columns)[:, swap],
+                             "world_T_ego": sides[:, None] * item["world_T_ego"] * sides}
 
 
 # ---------------------------------------------------------------- what the training stages share

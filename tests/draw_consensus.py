@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from model import PRESETS
-from reproject import CAMERAS, Frames, whole_file
+from reproject import CAMERAS, Frames, write_whole
 
 stage_03, stage_05 = importlib.import_module("03_pretrain"), importlib.import_module("05_eval")
 STEPS = {"votes: its own cameras": ("painted", 0.0), "votes: all of the drive": ("painted", math.inf),
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     blocks = {"cameras": stage_05.camera_block(image, 0 * label),
               "cameras with pseudo-labels": stage_05.camera_block(image, label)}
     legend = {"hidden, unclear, not seen": stage_05.IGNORED, "car": stage_05.PAPER}
-    with whole_file(Path(args.out) / "consensus.webp") as file:
-        stage_05.page_of(blocks, maps, legend, config.grid).save(file, "WEBP", quality=85)
+    page = stage_05.page_of(blocks, maps, legend, config.grid)
+    write_whole(Path(args.out) / "consensus.webp", lambda file: page.save(file, "WEBP", quality=85))
     print(f"wrote {args.out}/consensus.webp")
