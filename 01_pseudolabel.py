@@ -254,7 +254,9 @@ if __name__ == "__main__":
     share, todo = nusc.scene[RANK::RANKS], []
     for scene in share:
         samples = key_frames(nusc, scene)
-        meta = make_meta(config, source | {"drive": drive_of(nusc, samples)})
+        mounts = {recorded(nusc, sample, camera)["calibrated_sensor_token"] for sample in samples for camera in CAMERAS}
+        rig = fingerprint(repr([look_up(nusc, "calibrated_sensor", token) for token in sorted(mounts)]))
+        meta = make_meta(config, source | {"drive": drive_of(nusc, samples), "rig": rig})
         if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META, [sample["token"] for sample in samples]):
             todo.append((scene, meta))
     if not todo:

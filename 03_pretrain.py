@@ -280,6 +280,8 @@ if __name__ == "__main__":
     args.temporal_weight = TEMPORAL[args.temporal] if args.temporal_weight is None else args.temporal_weight
     if args.margin < -1 or not (args.view_range >= 0 and 0 <= args.temporal_weight < math.inf):
         sys.exit("error: --margin is at least -1, --view-range and --temporal-weight are numbers of at least 0")
+    if args.target == "rendered" and (args.slope or args.margin != 1 or args.view_range < math.inf):
+        sys.exit("error: --slope, --margin and --view-range are of the consensus: not with --target rendered")
     if args.init != "scratch" and not args.init.endswith(".pth"):
         sys.exit(f"error: --init {args.init}: give scratch or a released BEVFormer (.pth), as no BEV label may be seen")
     path = Path(args.out) / f"{args.name}.pt"

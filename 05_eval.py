@@ -326,7 +326,7 @@ if __name__ == "__main__":
                 old.unlink()
     args.pictures = min(args.pictures, len(frames))
     confusion, by_ring, quality = evaluate(frames, model, config, args.memory)
-    scores = {key: iou(counts) for key, counts in confusion.items() if counts.sum()}
+    scores = {key: iou(counts) for key, counts in confusion.items() if key == "all" or counts.sum()}
     metrics = {"checkpoint": args.checkpoint, "split": args.split, "memory": args.memory, "num_samples": len(frames),
                **scores["all"], "by_range": {key: scores[key] for key in scores if "-" in key},
                "by_condition": {key: scores[key] for key in scores if key in CONDITIONS},

@@ -429,8 +429,7 @@ def pose_of(nusc, data):
 
 def drive_of(nusc, samples):
     """A fingerprint of where the car was at these key frames: a data set that has changed may have kept its tokens."""
-    poses = [recorded(nusc, sample, "LIDAR_TOP")["ego_pose_token"] for sample in samples]
-    return fingerprint(repr([look_up(nusc, "ego_pose", token)["translation"] for token in poses]))
+    return fingerprint(repr([pose_of(nusc, recorded(nusc, sample, "LIDAR_TOP")).tolist() for sample in samples]))
 
 
 def world_from_ego(nusc, sample):
@@ -621,13 +620,15 @@ class Frames(torch.utils.data.Dataset):
                 learnt = scene in consensus
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
                 remedy = "run 03_pretrain.py" if learnt else "run 02_bev_gt.py"
-                truth = load_artifact(path, remedy, ("bev",))
+                again = (f"delete its folder and its checkpoint, {remedy} again" if learnt else
+                         "run 01_pseudolabel.py and 02_bev_gt.py: one of them says which files are old")
+                truth = load_artifact(path, remedy + ", or copy its folder along with --init" * learnt, ("bev",))
                 check_meta(path, truth["meta"], meta, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
-                    sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {remedy} again")
+                    sys.exit(f"error: {path} has other key frames than frames/{scene}.pt: {again}")
                 found, made_with = truth["meta"]["source"], {**frames["meta"]["source"], **dict(settings)}
                 check_meta(path, found, made_with, made_with if learnt else {"drive"} & found.keys() & made_with.keys(),
-                           f"delete its folder{' and its checkpoint' if learnt else ''}, {remedy} again")
+                           again)
                 if truth["bev"].shape[1:] != config.grid.shape or not is_classes(truth["bev"]):
                     sys.exit(f"error: {path}: its bev is no map of {config.grid.shape} cells and our classes: {remedy}")
                 frames["bev"] = truth["bev"]
@@ -678,6 +679,7 @@ def mirror(item):
     columns = torch.tensor((-1.0, 1.0, 1.0, 1.0))  # of a camera point: x does
     K = item["K"].clone()
     K[..., 0, 2] = item["image"].shape[-1] - K[..., 0, 2]
+    K[..., 0, 1] *= -1  # the skew, where there is one
     flipped = {key: item[key].flip(-1) for key in ("image", "label", "bev") if key in item}
     return item | flipped | {"image": flipped["image"][:, swap], "label": flipped["label"][swap], "K": K[:, swap],
                              "ego_T_cam": (sides[:, None] * item["ego_T_cam"] * columns)[:, swap],

@@ -14,7 +14,7 @@ from PIL import Image
 from test_model import official_state
 
 from model import PRESETS, BEVSegmenter, run_sequence, segmentation_loss
-from reproject import CAMERAS, CLASS_WEIGHTS, learning_rate, load_artifact, save_pt
+from reproject import CAMERAS, CLASS_WEIGHTS, IGNORE, learning_rate, load_artifact, save_pt
 
 
 def run(script, *args, cwd, ok=True, **environment):
@@ -138,6 +138,18 @@ def test_ipm_needs_no_checkpoint(world):
     assert scores["map"] != scores["none"]
 
 
+def test_pictures_without_any_ground_truth(world, tmp_path):
+    """Maps that are ignored everywhere: the pictures are drawn, and no class has an IoU."""
+    shutil.copytree(world / "out", tmp_path / "out")
+    for path in (tmp_path / "out/bev_gt").iterdir():
+        truth = torch.load(path, weights_only=True)
+        save_pt(truth | {"bev": torch.full_like(truth["bev"], IGNORE)}, path)
+    run("05_eval.py", "--pictures", 1, cwd=tmp_path)
+    assert (tmp_path / "out/eval/sample_0.png").exists() and (tmp_path / "out/eval/distance.png").exists()
+    metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
+    assert set(metrics["iou"].values()) == {None} and metrics["miou"] is None
+
+
 def test_finished_stages_do_nothing(world):
     stamps = {p: p.stat().st_mtime_ns for p in (world / "out").rglob("*.pt")}
     for script, args in (("01_pseudolabel.py", ["--segmenter", ROOT / "tests/toy_segmenter"]), ("02_bev_gt.py", []),
@@ -181,6 +193,8 @@ def test_all_networks_are_evaluated(world, tmp_path, monkeypatch):
     ("03_pretrain.py", ["--init", "nowhere.pth", "--name", "b"], "nowhere.pth is missing: give the path of a released"),
     ("03_pretrain.py", ["--steps", "3", "--temporal", "off"], "was made with temporal within, expected off"),
     ("03_pretrain.py", ["--margin", "-2", "--name", "b"], "--margin is at least -1"),
+    ("03_pretrain.py", ["--target", "rendered", "--slope", "--name", "b"], "--slope, --margin and --view-range are of"),
+    ("03_pretrain.py", ["--target", "rendered", "--margin", "0", "--name", "b"], "not with --target rendered"),
     ("03_pretrain.py", ["--temporal-weight", "nan"], "--temporal-weight are numbers of at least 0"),
     ("04_finetune.py", ["--image", "-1"], "--image one of at least 0"),
     ("04_finetune.py", ["--image", "inf"], "--image one of at least 0"),
@@ -202,23 +216,40 @@ def test_bad_input_is_one_line(world, script, args, says):
     assert says in run(script, *args, cwd=world, ok=False)
 
 
-def test_another_data_set_of_the_same_scenes_is_noticed(world, tmp_path):
-    """A world that was made anew has the same scenes and tokens, but the car goes elsewhere."""
-    shutil.copytree(world / "data", tmp_path / "data", copy_function=os.link)
-    poses = tmp_path / "data/toy/v1.0-trainval/ego_pose.json"
-    moved = json.loads(poses.read_text())
-    for pose in moved:
-        pose["translation"][0] += 0.5
-    poses.unlink()  # it is a link
-    poses.write_text(json.dumps(moved))
-    shutil.copytree(world / "out", tmp_path / "out")
-    label = "01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter"
-    for command, folder in ((label, "frames"), (("02_bev_gt.py",), "bev_gt")):
-        assert f"delete out/{folder} or use another --out" in run(*command, cwd=tmp_path, ok=False)
+LABEL = "01_pseudolabel.py", "--segmenter", ROOT / "tests/toy_segmenter"
+
+
+def changed(world, folder, table, key, change):
+    """A copy of the world in whose table each record's value of a key was changed."""
+    shutil.copytree(world / "data", folder / "data", copy_function=os.link)
+    path = folder / f"data/toy/v1.0-trainval/{table}.json"
+    records = [record | {key: change(record[key])} for record in json.loads(path.read_text())]
+    path.unlink()  # it is a link
+    path.write_text(json.dumps(records))
+    shutil.copytree(world / "out", folder / "out")
+
+
+@pytest.mark.parametrize("key, change", (("translation", lambda v: [v[0] + 0.5, *v[1:]]),
+                                         ("rotation", lambda v: [-v[3], *v[1:3], v[0]])))  # by half a turn
+def test_another_data_set_of_the_same_scenes_is_noticed(world, tmp_path, key, change):
+    """A world that was made anew has the same scenes and tokens, but the car goes elsewhere, or another way."""
+    changed(world, tmp_path, "ego_pose", key, change)
+    for command, folder in ((LABEL, "frames"), (("02_bev_gt.py",), "bev_gt")):
+        said = run(*command, cwd=tmp_path, ok=False)
+        assert "was made with drive" in said and f"delete out/{folder} or use another --out" in said
     shutil.rmtree(tmp_path / "out/bev_gt")
     run("02_bev_gt.py", cwd=tmp_path)
     said = run("05_eval.py", cwd=tmp_path, ok=False)
-    assert "was made with drive" in said and "delete its folder, run 02_bev_gt.py again" in said
+    assert "was made with drive" in said and "run 01_pseudolabel.py and 02_bev_gt.py: one of them says which" in said
+
+
+@pytest.mark.parametrize("key, change", (("translation", lambda v: [v[0], v[1], v[2] + 0.1]),
+                                         ("camera_intrinsic", lambda v: [[1.01 * x for x in row] for row in v])))
+def test_a_calibration_that_was_corrected_is_noticed(world, tmp_path, key, change):
+    changed(world, tmp_path, "calibrated_sensor", key, change)
+    said = run(*LABEL, cwd=tmp_path, ok=False)
+    assert "was made with rig" in said and "delete out/frames or use another --out" in said
+    assert "nothing to do" in run("02_bev_gt.py", cwd=tmp_path)  # it reads no camera
 
 
 def test_other_labels_of_the_same_key_frames_are_noticed(world, tmp_path):
@@ -343,7 +374,7 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     other = tmp_path / f"out/pretrain/{(set(both) - set(labelled)).pop()}.pt"
     content = torch.load(next((tmp_path / "out/pretrain").iterdir()), weights_only=True)
     other.unlink(missing_ok=True)
-    assert f"{other.name} is missing: run 03_pretrain.py" in run(*tune, cwd=tmp_path, ok=False)
+    assert f"{other.name} is missing: run 03_pretrain.py, or copy its" in run(*tune, cwd=tmp_path, ok=False)
     frames = load_artifact(tmp_path / f"out/frames/{other.name}", "")
     content["meta"]["source"] |= {"drive": frames["meta"]["source"]["drive"], "frames": frames["digest"]}
     save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)

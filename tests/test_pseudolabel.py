@@ -226,7 +226,7 @@ def test_files_read_back(world):
     assert frames["timestamp"].dtype == torch.int64 and frames["timestamp"].shape == (2,)
     assert frames["world_T_ego"].dtype == torch.float64 and frames["ego_T_cam"].dtype == torch.float32
     assert set(frames["meta"]["source"]) == {"version", "segmenter", "revision", "segmenter_size", "min_confidence",
-                                             "sweeps", "rules", "drive"}
+                                             "sweeps", "rules", "drive", "rig"}
     assert frames["meta"]["source"]["segmenter"] == "toy_segmenter" and len(frames["meta"]["source"]["revision"]) == 12
     item = Frames(world / "out", [path.stem for path in paths], PRESETS["toy"], history=1)[3]
     assert item["image"].shape == (2, 6, 3, 144, 256) and item["label"].shape == (6, 144, 256)

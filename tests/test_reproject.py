@@ -226,6 +226,7 @@ def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
     scene = frames.scenes[0]
     scene["world_T_ego"] = torch.stack((pose(5, 2, 10), pose(7, 3, 25)))
     scene["K"][:, CAMERAS.index("CAM_FRONT_LEFT")] = intrinsics(210.0, 141.0, 70.0)  # a lens of its own, off the middle
+    scene["K"][:, CAMERAS.index("CAM_FRONT_LEFT"), 0, 1] = 8.0  # and askew
     scene["bev"][1, 20, 10] = 1  # far ahead, on the left
     paint = torch.zeros(6, 144, 256, dtype=torch.uint8)
     paint[CAMERAS.index("CAM_FRONT_LEFT"), 100, 30] = 2  # near the left edge of the left camera
