@@ -254,8 +254,8 @@ if __name__ == "__main__":
     share, todo = nusc.scene[RANK::RANKS], []
     for scene in share:
         samples = key_frames(nusc, scene)
-        mounts = {recorded(nusc, sample, camera)["calibrated_sensor_token"] for sample in samples for camera in CAMERAS}
-        rig = fingerprint(repr([look_up(nusc, "calibrated_sensor", token) for token in sorted(mounts)]))
+        mounts = [recorded(nusc, sample, camera)["calibrated_sensor_token"] for sample in samples for camera in CAMERAS]
+        rig = fingerprint(repr([look_up(nusc, "calibrated_sensor", token) for token in dict.fromkeys(mounts)]))
         meta = make_meta(config, source | {"drive": drive_of(nusc, samples), "rig": rig})
         if not is_finished(folder / f"{scene['name']}.pt", meta, FRAMES_META, [sample["token"] for sample in samples]):
             todo.append((scene, meta))

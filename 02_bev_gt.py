@@ -164,7 +164,7 @@ def rasterise(road_map, world_T_ego, grid, line_width):
 
 
 def rasterise_scene(road_map, config, scene):
-    """The content of a scene's file. scene: (that without the maps, world_T_ego (T, 4, 4)). The maps are an array, as
+    """The content of a scene's file. scene: (all of it but the maps, world_T_ego (T, 4, 4)). The maps are an array, as
     tensors would come from a worker through shared memory, of which there may be little."""
     content, poses = scene
     return content | {"bev": np.stack([rasterise(road_map, pose, config.grid, config.line_width) for pose in poses])}

@@ -106,7 +106,7 @@ def cast_votes(frames, index, views, args, slope=0.0):
     corner = car.amin(0) - reach
     X, Y = ((car.amax(0) + reach - corner) / RASTER).ceil().long().tolist()
     votes, c, s, margin = torch.zeros(NUM_CLASSES * X * Y), math.cos(slope), math.sin(slope), max(args.margin, 0)
-    level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # the slope at z = 0
+    level_T_ego = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])  # lays the slope into z = 0
     for t in views:
         label = frames.decode(index, t, "label")  # (N, h, w)
         ego_T_cam = level_T_ego @ scene["ego_T_cam"][t]
@@ -135,7 +135,7 @@ def middle_of_lines(share):
     aside = RASTER * (dy * angle.cos().view(-1, 1, 1) - dx * angle.sin().view(-1, 1, 1))  # (16, n, n) m
     stroke = torch.exp(-(aside / 0.2) ** 2 / 2) * (dx ** 2 + dy ** 2 <= radius ** 2)  # 0.2 m as in draw
     stroke = stroke / stroke.sum((1, 2), keepdim=True)
-    # In the middle of paint that is 0.1 m wide, the share is 0.2, in 0.3 m it is 0.5: so the best here set it.
+    # In the middle of paint that is 0.1 m wide, the share is 0.2, in 0.3 m it is 0.5: so the best here decide.
     some = share[share > 0.1]
     least = min(0.25, 0.7 * some.quantile(0.9).item()) if len(some) else 0.25
     row, column = (share > least).nonzero(as_tuple=True)

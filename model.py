@@ -9,8 +9,8 @@ attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights
 loss, the score, and the training loop of stages 03 and 04.
 
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
-cells of a BEV grid, Q = H*W queries, S feature maps, R rows of queries (spatial: of a sample and a camera that sees
-it), h x w pixels: of an image, in the attentions of a feature map (h' x w' where both occur). Axes: see reproject.py.
+cells of a BEV grid, Q = H*W queries, S feature maps, R rows of packed queries (spatial: one for each camera that sees a
+query), h x w pixels: of an image, in the attentions of a feature map (h' x w' where both occur). Axes: reproject.py.
 """
 import importlib
 import json
@@ -90,7 +90,7 @@ PRESETS = {"toy": Config(), "tiny": TINY,
 # ---------------------------------------------------------------- deformable attention
 @torch.no_grad()
 def init_guide(linear, heads, levels, points, group=1):
-    """Start as Deformable DETR does: each head looks in its own direction, its k-th point k pixels away (there: k + 1).
+    """Start as Deformable DETR: each head looks in its own direction, its points 0, 1, ... pixels away (there 1, ...).
 
     linear: its 3 * heads * levels * points outputs are the x, then the y, then the weights of all points. Every
     `group` successive points (one for each height of a pillar) share a step, so that from the first iteration on each
@@ -251,7 +251,7 @@ class BEVSegmenter(nn.Module):
         (B, C, bev_H, bev_W): the last BEV features, warped into this ego frame; has_previous (B,) bool: False where a
         sample has none. Returns logits (B, classes, H, W) on the fine grid and BEV features (B, C, bev_H, bev_W)."""
         (B, N), (H, W) = K.shape[:2], self.config.bev_shape
-        # A key frame's images get a common mean and contrast, so that night looks like day; + 1: black stays finite.
+        # A key frame's images together get mean 0 and deviation 1, so that night looks like day; + 1, as black has 0.
         image = image - image.mean((1, 3, 4), keepdim=True, dtype=torch.float32)
         image = (image / (image.square().mean((1, 3, 4), keepdim=True).sqrt() + 1)).flatten(0, 1)  # (B*N, 3, h, w)
         (h, w), (padded_h, padded_w) = self.config.image_size, self.config.padded_size
@@ -295,11 +295,11 @@ def step(model, frame, bev, world_T_previous):
 def remember(past, logits, frame, grid):
     """What this key frame and the last ones say together: the mean of their class probabilities for the same ground.
 
-    A map is sharp near the car: it counts fully there, half at NEAR, and soon after not at all. So the road behind,
-    which no camera will see better again, stays as it was seen from near by. logits (1, classes, H, W) come from this
-    frame alone; past lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)] of the drive, and
-    this frame joins it. Each is carried here in one step: a map that is handed on from frame to frame is blurred by
-    each of them. Returns log probabilities (1, classes, H, W)."""
+    A map is sharp near the car: its weight is 1 there, 1/2 at NEAR, and soon so small that any nearer view outdoes it.
+    So the road behind, which no camera will see better again, stays as it was seen from near by. logits (1, classes, H,
+    W) come from this frame alone; past lists [(weighted probabilities and weight (1, classes + 1, H, W), world_T_ego)]
+    of the drive, and this frame joins it. Each is carried here in one step: a map that is handed on from frame to frame
+    is blurred by each of them. Returns log probabilities (1, classes, H, W)."""
     weight = 1 / (1 + (grid.centres(logits).norm(dim=-1) / NEAR) ** 8)  # (H, W)
     if not frame["linked"].item():
         past.clear()
@@ -522,7 +522,7 @@ def fit(model, data, loss_fn, args, path, minutes=1.0):
     torch.set_float32_matmul_precision("highest")  # no TF32: see `orthogonal`
     model.encoder.checkpointing = args.checkpointing
     optimizer = Optimizer(model)
-    args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # in a checkpoint: a run of another one is refused
+    args.optimizer = f"Muon at {MUON} times the rate of AdamW"  # in the checkpoint: none goes on with another optimizer
     start, curve = resume(model, optimizer, args, path)
     if sum_over_ranks(torch.tensor(start, device=DEVICE)) != RANKS * start:
         sys.exit(f"error: {path} is not the same on all machines: put --out where all of them see it")

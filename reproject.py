@@ -11,10 +11,10 @@ Places and directions, stated once:
 - BEV grids are (..., H, W) and lie as a map is held: row 0 farthest ahead, column 0 farthest left. No flip or
   transpose exists outside this file, except in `load_official` (model.py), for weights that were trained otherwise.
 
-`pixels_to_ground` is the heart of the self-supervision: it meets each pixel's ray with the ground. Stage 03 lets the
-pixels vote there; the paper's way, `render` (BEV -> cameras), reads the BEV logits there. The way up, `lift` (cameras
--> BEV), is inverse perspective mapping. `warp` carries a BEV grid from one ego frame to another. `deformable_attention`
-reads feature maps where a network tells it to.
+`pixels_to_ground` is the heart of the self-supervision: it finds where each pixel's ray meets the ground. Stage 03 lets
+the pixels vote there; the paper's way, `render` (BEV -> cameras), reads the BEV logits there. The way up, `lift`
+(cameras -> BEV), is inverse perspective mapping. `warp` carries a BEV grid from one ego frame to another.
+`deformable_attention` reads feature maps where a network tells it to.
 `Frames` is the data set that stages 03 to 05 read. At the end is what the training stages share besides the network.
 """
 import atexit
@@ -73,11 +73,11 @@ DEVICE = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available()
 
 
 def has_bfloat16():
-    """Whether --bf16 is used: by a GPU that supports it, by a CPU that is faster so (without, up to 8 times slower)."""
+    """Whether bfloat16 pays: on a GPU that supports it, on a CPU that is faster with it (others: 8 times slower)."""
     if DEVICE != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities()
-    by_vectors = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")  # without AMX, it is slower so
+    by_vectors = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")  # Intel needs AMX to be faster so
     return bool(by_vectors or cpu.get("amx_bf16") or cpu.get("bf16"))
 
 
@@ -428,8 +428,10 @@ def pose_of(nusc, data):
 
 
 def drive_of(nusc, samples):
-    """A fingerprint of where the car was at these key frames: a data set that has changed may have kept its tokens."""
-    return fingerprint(repr([pose_of(nusc, recorded(nusc, sample, "LIDAR_TOP")).tolist() for sample in samples]))
+    """A fingerprint of where the car was, and how it stood, at these key frames: a data set that has changed may have
+    kept its tokens. Of the tables' own numbers, as matrices differ by rounding from one CPU to another."""
+    poses = [look_up(nusc, "ego_pose", recorded(nusc, sample, "LIDAR_TOP")["ego_pose_token"]) for sample in samples]
+    return fingerprint(repr([(pose["translation"], pose["rotation"]) for pose in poses]))
 
 
 def world_from_ego(nusc, sample):
@@ -578,8 +580,9 @@ def check_meta(path, found, expected, keys, remedy):
 def is_finished(path, meta, keys, tokens, remedy=None):
     """Whether `path` holds what this run would write; stop with one line if it was made some other way.
 
-    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames."""
-    if not Path(path).exists():
+    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames. remedy: to delete the
+    folder, if not given."""
+    if not path.exists():
         return False
     remedy = remedy or f"delete {path.parent} or use another --out"
     found = load_artifact(path, "delete it and run again")
@@ -621,7 +624,7 @@ class Frames(torch.utils.data.Dataset):
                 path = consensus[scene] if learnt else Path(out) / "bev_gt" / f"{scene}.pt"
                 remedy = "run 03_pretrain.py" if learnt else "run 02_bev_gt.py"
                 again = (f"delete its folder and its checkpoint, {remedy} again" if learnt else
-                         "run 01_pseudolabel.py and 02_bev_gt.py: one of them says which files are old")
+                         "run 01_pseudolabel.py and 02_bev_gt.py, one of which says what is old")
                 truth = load_artifact(path, remedy + ", or copy its folder along with --init" * learnt, ("bev",))
                 check_meta(path, truth["meta"], meta, GRID_META, f"{remedy} with this --preset")
                 if truth["token"] != frames["token"]:
