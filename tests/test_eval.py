@@ -6,7 +6,7 @@ import torch
 from rig import surround
 
 from model import REMEMBERED, Config, count_confusion, iou, remember
-from reproject import IGNORE, cells_in_cameras
+from reproject import CLASSES, IGNORE, cells_in_cameras
 
 stage = importlib.import_module("05_eval")
 
@@ -163,6 +163,11 @@ def test_error_map_says_what_was_missed_and_what_is_false():
     hit, missed, false = stage.ERRORS.values()
     expected = [[stage.GROUND, hit, missed], [missed, false, stage.IGNORED]]
     assert stage.error_map(prediction, truth).tolist() == [[list(colour) for colour in row] for row in expected]
+
+
+def test_classes_have_their_colours():
+    colours = stage.paint(torch.tensor([[0, 1, 2, 3, IGNORE]])).tolist()
+    assert colours == [[list(c) for c in (stage.GROUND, *(stage.COLOURS[name] for name in CLASSES[1:]), stage.IGNORED)]]
 
 
 def test_confusion_has_the_truth_in_its_rows(capsys):

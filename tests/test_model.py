@@ -12,8 +12,9 @@ import torchvision
 from rig import pose, surround
 
 import reproject
-from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, initial_model,
-                   iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss, step)
+from model import (MUON, PRESETS, BEVSegmenter, Config, Optimizer, count_confusion, draw_sample, fit, init_guide,
+                   initial_model, iou, load_checkpoint, load_official, orthogonal, run_sequence, segmentation_loss,
+                   step)
 from reproject import (IGNORE, Linear, batch_samples, check_training, deformable_attention, learning_rate,
                        pillars_in_cameras, render, save_pt)
 
@@ -603,6 +604,17 @@ class Pictures(torch.utils.data.Dataset):
         truth = torch.randint(0, 4, SMALL.grid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
         return {"image": image, "K": K, "ego_T_cam": ego_T_cam, "linked": torch.tensor([False]), "bev": truth,
                 "world_T_ego": pose(0, 0, 0)[None], "token": f"sample {index}"}
+
+
+def test_attention_starts_in_all_directions():
+    """As in Deformable DETR, where the first of four heads looks along +x, the second along +y (down the image). The
+    points of one step, a pair here, are at one place, those of the first one where the query projects to."""
+    guide = torch.nn.Linear(8, 3 * 4 * 4)
+    init_guide(guide, heads=4, levels=1, points=4, group=2)
+    x, y, weights = guide(torch.randn(8)).view(3, 4, 4)  # (heads, points) each
+    step = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert torch.allclose(x, torch.stack((step, 0 * step, -step, 0 * step)), atol=1e-6)
+    assert torch.allclose(y, torch.stack((0 * step, step, 0 * step, -step)), atol=1e-6) and (weights == 0).all()
 
 
 def test_an_empty_split_is_named(tmp_path):

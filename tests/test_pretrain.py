@@ -348,6 +348,8 @@ def test_the_slope_of_the_ground_is_found():
     frames = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=1.5)
     assert math.degrees(stage.find_slope(frames, 0, flags())) == pytest.approx(1.5, abs=0.3)
     assert stage.find_slope(drive(DRIVE), 0, flags()) == 0
+    bare = SimpleNamespace(scenes=frames.scenes, decode=lambda *_: torch.zeros(6, 144, 256, dtype=torch.uint8))
+    assert stage.find_slope(bare, 0, flags()) == 0  # without paint all slopes agree as well: level
     level, sloped = (stage.consensus(frames, 0, PRESETS["toy"], flags(slope=on)) for on in (False, True))
     for x, there in ((20.1, True), (23.5, False)):
         found, found_level = (strip(maps, 4, frames, x, np.linspace(-3.5, 1, 15)) == 2 for maps in (sloped, level))
