@@ -6,6 +6,7 @@
     python tests/bench_claim.py --all                    # and, with seed 0, what the claim does not rest on
     python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
     python tests/bench_claim.py --ablations --seeds 2    # what each part adds
+    python tests/bench_claim.py --seeds 1 --rows "supervised 100%" "pretraining + 50%"    # of the first, or of all rows
 
 All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16; float32 on a CPU that is not
 faster in bfloat16). Seconds are those of the whole command, from its start to its end, loading and voting included. On
@@ -44,6 +45,7 @@ LANES = min(2, CORES) if DEVICE == "cpu" else 1  # commands at a time; on one GP
 SCORING = threading.Lock()  # 05 writes to one place, and so do the results
 SUPERVISED = 2400  # steps; in its favour: on held-out train scenes 1,200 do as well, in short drives 4,800 do no better
 MEMORIES = ("none", "bev")  # of 05: mIoU with them, beside that with the default, `map`
+COLUMNS = (*MEMORIES, "0-10 m", "10-20 m", "20-30 m")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95%, by n
 
 
@@ -81,6 +83,10 @@ ROWS = MAIN | {  # what belongs beside it
     "supervised 100%, 4800 steps": supervised(4800),
     "supervised 50%": supervised(600, 0.5),  # fewer scenes are learnt by heart in fewer steps
     "supervised 10%": supervised(300, 0.1),
+    # What of the gain is pretraining's, and what that of the consensus in the streets without labels.
+    "pretraining + 50%, without consensus": tuned(0.5, 530, "pretraining", "--labelled-only"),
+    "pretraining, 1 step": pretrained(1),
+    "50% and consensus at once": tuned(0.5, 669, "pretraining, 1 step"),
     "pretraining, 300 steps, + 100%": tuned(1.0, 1150, "pretraining, 300 steps"),
     "losses of the paper, 1500 steps": ("03_pretrain.py", ["--steps", 1500, *PAPER, "--temporal", "smear"], None),
 }
@@ -108,6 +114,7 @@ def parse_args():
                         help="seeds 0 .. N-1")
     parser.add_argument("--quick", action="store_true", help="--seeds 1, without the longer training")
     parser.add_argument("--all", action="store_true", help="also the rows that the claim does not rest on, with seed 0")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="no rows but these, with all seeds")
     parser.add_argument("--length", action="store_true", help="supervision at half, full and twice its length, scored "
                                                               "on held-out train scenes")
     parser.add_argument("--ablations", action="store_true", help="pretraining alone, without one part at a time")
@@ -360,13 +367,15 @@ def main(args):
         table(hold_out(args.out), lengths, dict.fromkeys(lengths, args.seeds), MEMORIES)
     elif args.ablations:
         table(args.out, ABLATIONS, dict.fromkeys(ABLATIONS, args.seeds), (*MEMORIES, "edges", "width", "flicker"))
+    elif args.rows:
+        table(args.out, ROWS, dict.fromkeys(args.rows, args.seeds), COLUMNS)
     else:
         rows = {"ipm": 1} | dict.fromkeys(MAIN, args.seeds)
         if args.quick:
             rows = {row: 1 for row in rows if row not in (LONG, MAIN[LONG][2])}
         if args.all:
             rows |= {row: 1 for row in ROWS if row not in rows}
-        found = table(args.out, ROWS, rows, (*MEMORIES, "0-10 m", "10-20 m", "20-30 m"))
+        found = table(args.out, ROWS, rows, COLUMNS)
         picture(found, Path(args.out) / "claim/claim.png")
         print(json.dumps(summary(found)))
 
