@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,6 +327,17 @@ def test_queries_see_only_what_their_cameras_see():
     assert change[10:].max() < 1e-5
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_readmes(name):
+    c, readme = PRESETS[name], (HERE.parent / "README.md").read_text()
+    millions = sum(p.numel() for p in BEVSegmenter(c).parameters()) / 1e6
+    backbone = c.backbone.replace("resnet", "ResNet-") + (", ImageNet" if c.weights else ", no weights")
+    row = (f"| `{name}` | {c.image_size[0]} x {c.image_size[1]} | {c.cell} m | {backbone} | {c.bev_shape[0]} x "
+           f"{c.bev_shape[1]} | {c.layers} | {c.history} | {millions:.{1 if millions < 10 else 0}f} M |")
+    assert row in readme
+    assert (c.x_range, c.y_range) == ((-30, 30), (-15, 15))
+
+
 def test_features_cover_the_padded_image():
     """450 rows at stride 32 are 14.06 feature rows: padded to 480, they are 15, and projections stay in place."""
     tiny = PRESETS["tiny"]
@@ -570,8 +582,11 @@ def test_batches_are_a_function_of_the_step():
     assert 70 < sum(mirrored for _, mirrored, _ in draws) < 130
     assert all(len({back for _, _, back in batch}) == 1 for batch in whole)  # or it could not be stacked
     assert 5 < sum(batch[0][2] == 2 for batch in whole) < 20 and {back for _, _, back in draws} == {0, 2}
+    indices = [index for index, _, _ in draws]
+    epochs = {tuple(indices[i:i + 10]) for i in range(0, 200, 10)}
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(epochs) == 20  # 10! orders there are
     args.seed = 2
-    assert whole != batch_samples(10, args, history=2, start=0)
+    assert tuple(index for batch in batch_samples(10, args, 2, 0) for index, _, _ in batch)[:10] not in epochs
 
 
 def test_ranks_and_parts_share_the_samples_of_a_step(monkeypatch):
@@ -615,6 +630,11 @@ def test_attention_starts_in_all_directions():
     step = torch.tensor([0.0, 0.0, 1.0, 1.0])
     assert torch.allclose(x, torch.stack((step, 0 * step, -step, 0 * step)), atol=1e-6)
     assert torch.allclose(y, torch.stack((0 * step, step, 0 * step, -step)), atol=1e-6) and (weights == 0).all()
+    layer = BEVSegmenter(Config()).encoder.layers[0]  # 8 points in space: 4 steps with one for each of 2 heights
+    first = layer.spatial.guide(torch.randn(64)).view(3, 4, 2, 4, 2)[0, 0, 0]
+    assert torch.allclose(first, torch.arange(4.0)[:, None].expand(4, 2))
+    assert layer.temporal.guide(torch.randn(64)).view(3, 4, 2, 4)[0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert not layer.temporal.guide_previous.weight.any()  # what was before guides nothing at first
 
 
 def test_an_empty_split_is_named(tmp_path):
@@ -640,6 +660,14 @@ def test_bfloat16_only_where_it_saves_time(device, processor, gpu, used, monkeyp
         check_training(args)
         assert args.bf16 == (asked and used)
         assert ("float32 is used" in capsys.readouterr().out) == (asked and not used)
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr("reproject.RANKS", 2)
+    args = argparse.Namespace(steps=1, batch_size=3, accumulate=1, workers=0, seed=0, name="x", bf16=False, lr=1.0,
+                              image=0.0)
+    with pytest.raises(SystemExit, match=r"--batch-size 3 cannot be shared .* the number of processes \(2\)"):
+        check_training(args)
 
 
 def train(path, steps, stop_at=None, bf16=False):
@@ -726,6 +754,43 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert [checkpoint["step"] for checkpoint in kept] == [3, 2]
     assert all(value.isfinite().all() for checkpoint in kept for value in checkpoint["model"].values())
     assert kept[0]["curve"] == [{"loss": pytest.approx(loss.item())} for loss in losses[:3]]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    """The loss is: the root of 0 has an infinite slope."""
+    args = argparse.Namespace(steps=9, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=False,
+                              checkpointing=False)
+    model, losses = BEVSegmenter(SMALL), []
+
+    def loss_fn(batch):
+        logits = run_sequence(model, batch)[0]
+        losses.append(logits.square().mean() + ((0 * logits.sum()).sqrt() if len(losses) == 2 else 0))
+        return losses[-1], {"loss": losses[-1]}
+
+    with pytest.raises(SystemExit, match=r"step 2 has loss \d.*, gradient nan"):
+        fit(model, Pictures(), loss_fn, args, tmp_path / "a.pt", minutes=0)
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "a.pt", "")[0]["model"].values())
+
+
+def test_checkpoints_are_a_minute_apart(tmp_path, monkeypatch):
+    """By a clock that goes on by 25 s a step: after 75 s, after 75 s more, at the end."""
+    clock, saves = [0.0], []
+    monkeypatch.setattr("model.time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr("model.record", lambda *_: None)
+    monkeypatch.setattr("model.draw_sample", lambda *_: None)
+    monkeypatch.setattr("model.save_checkpoint", lambda *given: saves.append(len(given[3])))
+    args = argparse.Namespace(steps=8, batch_size=2, lr=1e-3, seed=0, accumulate=1, workers=0, bf16=True,
+                              checkpointing=True)
+    model = BEVSegmenter(SMALL)
+
+    def loss_fn(batch):
+        clock[0] += 25
+        assert model.encoder.checkpointing and torch.is_autocast_enabled("cpu")  # as the flags ask for
+        loss = run_sequence(model, batch)[0].float().square().mean()
+        return loss, {"loss": loss}
+
+    fit(model, Pictures(), loss_fn, args, tmp_path / "a.pt")
+    assert saves == [3, 6, 8]
 
 
 def test_gradients_are_clipped(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """All five stages end to end, each as its own process, on a world of two scenes; and their bad input, one line each."""
+import ast
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 from test_model import official_state
 
 from model import PRESETS, BEVSegmenter, run_sequence, segmentation_loss
-from reproject import CAMERAS, CLASS_WEIGHTS, IGNORE, learning_rate, load_artifact, save_pt
+from reproject import CAMERAS, CLASS_WEIGHTS, IGNORE, learning_rate, load_artifact, render, save_pt
 
 
 def run(script, *args, cwd, ok=True, **environment):
@@ -69,6 +70,36 @@ def test_losses_are_weighed(world, monkeypatch, script, flags, weights):
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
 
+@pytest.mark.parametrize("script, flags", (("03_pretrain.py", []), ("04_finetune.py", ["--init", "scratch"])))
+def test_the_seed_decides_the_first_weights(world, monkeypatch, script, flags):
+    given = []
+    monkeypatch.setattr("model.fit", lambda *args: given.extend(args))
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", [script, "--seed", "7", "--name", "seeded", *flags])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    torch.manual_seed(7)
+    for name, value in BEVSegmenter(PRESETS["toy"]).state_dict().items():
+        assert torch.equal(given[0].state_dict()[name], value), name
+
+
+def test_the_paper_compares_a_frame_with_its_own_cameras(world, monkeypatch):
+    """The map that is predicted, rendered as far as 20 m, with the weights that classes have in images."""
+    given = []
+    monkeypatch.setattr("model.fit", lambda *args: given.extend(args))
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["03_pretrain.py", "--name", "rendered", "--target", "rendered", "--image", "0"])
+    runpy.run_path(str(ROOT / "03_pretrain.py"), run_name="__main__")
+    model, frames, loss_fn, _, _ = given
+    batch = torch.utils.data.default_collate([frames[(1, False, 0)]]) | {"progress": 0.5}
+    loss, parts = loss_fn(batch)
+    logits = run_sequence(model, batch)[0]
+    image, valid = render(logits, batch["K"][:, -1], batch["ego_T_cam"][:, -1], (144, 256), model.config.grid, 20.0)
+    valid &= batch["label"] != IGNORE
+    p, label = image.log_softmax(2).permute(0, 1, 3, 4, 2)[valid], batch["label"][valid].long()  # (P, classes), (P,)
+    expected = -(p.gather(1, label[:, None])[:, 0] * torch.tensor((1.0, 5.0, 2.0, 5.0))[label]).mean()
+    assert loss.item() == parts["rendered"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("share, chosen", ((0.01, "d"), (0.35, "cd"), (0.6, "bcd"), (0.8, "bcde"), (1, "abcde")))
 def test_the_scenes_with_the_smallest_hashes_are_labelled(share, chosen):
     """SHA-256 of d, c, b, e, a begins with 18ac, 2e7d, 3e23, 3f79, ca97."""
@@ -102,6 +133,7 @@ def test_stages_leave_what_they_promise(world):
     assert learnt["bev"].shape == (3, 200, 100) and set(learnt["bev"].unique().tolist()) <= {0, 1, 2, 3, 255}
     metrics = json.loads((out / "eval/metrics.json").read_text())
     assert metrics["checkpoint"] == "out/finetune.pt" and metrics["split"] == "val" and metrics["num_samples"] == 3
+    assert metrics["memory"] == "map"
     assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
     assert set(metrics["by_range"]) == {"0-10", "10-20", "20-30"} and metrics["by_condition"]
     assert sum(map(sum, metrics["confusion"])) == 3 * 200 * 100
@@ -149,6 +181,10 @@ def test_pictures_without_any_ground_truth(world, tmp_path):
     assert (tmp_path / "out/eval/sample_0.png").exists() and (tmp_path / "out/eval/distance.png").exists()
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
     assert set(metrics["iou"].values()) == {None} and metrics["miou"] is None
+
+
+def test_a_run_goes_on_with_other_workers(world):
+    assert "nothing to do" in run("04_finetune.py", "--steps", 3, "--workers", 1, cwd=world)
 
 
 def test_finished_stages_do_nothing(world):
@@ -206,7 +242,10 @@ def test_all_networks_are_evaluated(world, tmp_path, monkeypatch):
     ("03_pretrain.py", ["--name", "pretrain.previous"], "--name pretrain.previous: this is no name, or"),
     ("04_finetune.py", ["--name", ""], "--name : this is no name, or"),
     ("03_pretrain.py", ["--steps", "3", "--temporal-weight", "4"], "was made with temporal_weight 5.0, expected 4.0"),
-    ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "was made with view_range inf, expected 9.0: delete"),
+    ("03_pretrain.py", ["--steps", "3", "--view-range", "9"], "view_range inf, expected 9.0: delete out/pretrain and"),
+    ("03_pretrain.py", ["--steps", "3", "--slope"], "slope False, expected True: delete out/pretrain and"),
+    ("03_pretrain.py", ["--name", "bev_gt"], "--name bev_gt: this is no name, or what is there is written by others"),
+    ("03_pretrain.py", ["--name", "eval"], "--name eval: this is no name, or what is there is written by others"),
     ("05_eval.py", ["--checkpoint", "out"], "out cannot be read (Is a directory): give another path"),
     ("05_eval.py", ["--checkpoint", "out/splits.json"], "out/splits.json is damaged"),
     ("05_eval.py", ["--images", "", "--calibration", "rig.json"], "rig.json"),  # a shell variable that is not set
@@ -375,6 +414,23 @@ def test_labels_and_truth_that_other_code_has_made_are_refused(world, tmp_path, 
     assert was in text and "was made with rules" in said and "or use another --out" in said
 
 
+@pytest.mark.parametrize("stage, roots", (("01_pseudolabel", {"labels_from_queries", "load_image", "read_scene"}),
+                                          ("02_bev_gt", {"read_map", "rasterise"}), ("03_pretrain", {"consensus"})))
+def test_the_rules_are_all_that_decides(stage, roots):
+    """Every function and constant of the stage that these use, directly or through others, but words for messages."""
+    tree = ast.parse((ROOT / f"{stage}.py").read_text())
+    known = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    known |= {target.id: node for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
+    used, todo = {"EXPANSION"}, list(roots)
+    while todo:
+        name = todo.pop()
+        if name in known and name not in used:
+            used.add(name)
+            todo += [node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)]
+    call, = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "rules_of")
+    assert used - {"EXPANSION"} <= {argument.id for argument in call.args}
+
+
 def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_path):
     shutil.copytree(world / "out", tmp_path / "out")
     splits = json.loads((tmp_path / "out/splits.json").read_text())
@@ -388,6 +444,13 @@ def test_a_consensus_that_is_missing_or_of_another_run_is_refused(world, tmp_pat
     content = torch.load(next((tmp_path / "out/pretrain").iterdir()), weights_only=True)
     other.unlink(missing_ok=True)
     assert f"{other.name} is missing: run 03_pretrain.py, or copy its" in run(*tune, cwd=tmp_path, ok=False)
+    checkpoint = torch.load(tmp_path / "out/pretrain.pt", weights_only=True)
+    for target in ("painted", "rendered"):  # the latter leaves no maps
+        checkpoint["args"]["target"] = target
+        save_pt(checkpoint, tmp_path / f"out/{target}.pt")
+        said = run(*tune, "--init", f"out/{target}.pt", cwd=tmp_path, ok=target == "rendered")
+        assert ("consensus of pretraining: 0" if target == "rendered" else "is missing: run 03_pretrain.py") in said
+    (tmp_path / "out/half.pt").unlink()
     frames = load_artifact(tmp_path / f"out/frames/{other.name}", "")
     content["meta"]["source"] |= {"drive": frames["meta"]["source"]["drive"], "frames": frames["digest"]}
     save_pt(content | {"scene": frames["scene"], "token": frames["token"]}, other)

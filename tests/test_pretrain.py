@@ -111,6 +111,17 @@ def test_temporal_loss_counts_only_what_both_frames_see():
     assert stage.temporal_loss(other, town(), frames, GRID) > same + 0.01
 
 
+@pytest.mark.parametrize("metres, rows", ((2.0, slice(90, 93)),  # 2.2 to 2.9 m ahead now, 4.2 to 4.9 m before
+                                          (-2.0, slice(84, 87))))  # 4.0 to 4.7 m ahead now, 2.0 to 2.7 m before
+def test_temporal_loss_does_not_count_what_one_frame_did_not_see(metres, rows):
+    """The camera looks 5 degrees down, and half of its image is 72 / 200 high: it sees the ground from 3.2 m on."""
+    frames = batch((metres, 0, 0), yaws=(0,))
+    logits = warp(town(), relative_pose(pose(0, 0, 0), pose(metres, 0, 0))[None], GRID)
+    other = logits.clone()
+    other[:, :, rows] = 9 * torch.randn_like(other[:, :, rows])
+    assert stage.temporal_loss(other, town(), frames, GRID) == stage.temporal_loss(logits, town(), frames, GRID)
+
+
 @pytest.mark.parametrize("smear", (False, True))
 def test_temporal_loss_pulls_towards_the_frame_before(smear):
     """Towards its class in each cell; or, near an edge, towards one that a cell next to it has."""
@@ -318,6 +329,16 @@ def test_dashes_are_joined_across_nine_metres_and_solid_lines_are_not():
     assert solid[20:120].all() and solid[181:281].all() and solid.sum() <= 204  # a cell at each end
 
 
+@pytest.mark.parametrize("metres, name, joined", ((2.4, "boundary", True), (4.5, "boundary", False),
+                                                  (6.45, "divider", True), (7.65, "divider", False)))
+def test_gaps_in_solid_lines(metres, name, joined):
+    """A driveway interrupts a kerb, a parked car hides a divider for less than 7 m."""
+    gap = round(metres / stage.RASTER)
+    row = torch.cat((torch.arange(20, 120), torch.arange(119 + gap, 219 + gap)))
+    line = stage.join_dashes(row, torch.full_like(row, 10), torch.zeros(len(row)), (400, 20), *stage.LINES[name])
+    assert line[120:119 + gap, 10].all() == joined and line[20:120, 10].all() and line[119 + gap:219 + gap, 10].all()
+
+
 def test_a_direction_has_two_names():
     """pi / 2 and -pi / 2: two dashes of 4.5 m along the columns, 4.5 m apart: one line. (Alone, too short for one.)"""
     column = torch.cat((torch.arange(20, 50), torch.arange(80, 110)))
@@ -348,6 +369,8 @@ def test_the_slope_of_the_ground_is_found():
     frames = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=1.5)
     assert math.degrees(stage.find_slope(frames, 0, flags())) == pytest.approx(1.5, abs=0.3)
     assert stage.find_slope(drive(DRIVE), 0, flags()) == 0
+    down = drive([(2.5 * t, 0.2 * t, 15 - 4 * t) for t in range(8)], pitch=-1.5)
+    assert math.degrees(stage.find_slope(down, 0, flags())) == pytest.approx(-1.5, abs=0.3)
     bare = SimpleNamespace(scenes=frames.scenes, decode=lambda *_: torch.zeros(6, 144, 256, dtype=torch.uint8))
     assert stage.find_slope(bare, 0, flags()) == 0  # without paint all slopes agree as well: level
     level, sloped = (stage.consensus(frames, 0, PRESETS["toy"], flags(slope=on)) for on in (False, True))

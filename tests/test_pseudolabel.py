@@ -131,10 +131,24 @@ def test_masks_are_upsampled_before_the_sigmoid():
 
 
 def test_all_mapillary_names():
-    mapillary = [name for members in stage.GROUPS.values() for name in members if name != "Unlabeled"]
-    assert len(mapillary) == len(set(mapillary)) == 65
-    assert stage.group_labels(mapillary).sum(1).eq(1).all()
-    assert set(NAMES) <= set(mapillary)
+    """The 65 of Mapillary Vistas 1.2, in its order."""
+    mapillary = """Bird, Ground Animal, Curb, Fence, Guard Rail, Barrier, Wall, Bike Lane, Crosswalk - Plain, Curb Cut,
+        Parking, Pedestrian Area, Rail Track, Road, Service Lane, Sidewalk, Bridge, Building, Tunnel, Person,
+        Bicyclist, Motorcyclist, Other Rider, Lane Marking - Crosswalk, Lane Marking - General, Mountain, Sand, Sky,
+        Snow, Terrain, Vegetation, Water, Banner, Bench, Bike Rack, Billboard, Catch Basin, CCTV Camera, Fire Hydrant,
+        Junction Box, Mailbox, Manhole, Phone Booth, Pothole, Street Light, Pole, Traffic Sign Frame, Utility Pole,
+        Traffic Light, Traffic Sign (Back), Traffic Sign (Front), Trash Can, Bicycle, Boat, Bus, Car, Caravan,
+        Motorcycle, On Rails, Other Vehicle, Trailer, Truck, Wheeled Slow, Car Mount, Ego Vehicle"""
+    mapillary = re.split(r",\s+", mapillary)
+    assert len(set(mapillary)) == 65 and set(NAMES) <= set(mapillary)
+    group = stage.group_labels(mapillary)
+    assert group.sum(1).eq(1).all()
+    found = {name: {mapillary[i] for i in group[:, n].nonzero().flatten()} for n, name in enumerate(stage.GROUPS)}
+    assert found["divider"] == {"Lane Marking - General"} and found["kerb"] == {"Curb"}
+    assert found["ped_crossing"] == {"Lane Marking - Crosswalk", "Crosswalk - Plain"}
+    assert found["carriageway"] == {"Road", "Bike Lane", "Service Lane", "Parking", "Rail Track", "Manhole", "Pothole",
+                                    "Catch Basin"}
+    assert found["verge"] == {"Sidewalk", "Pedestrian Area", "Curb Cut", "Terrain", "Sand", "Snow"}
 
 
 def test_unknown_and_missing_names():
@@ -147,6 +161,15 @@ def test_unknown_and_missing_names():
     with pytest.raises(SystemExit) as stop:
         stage.group_labels(["road", "sidewalk", "car"])  # Cityscapes' names
     assert "no label for ['divider', 'ped_crossing', 'kerb', 'carriageway', 'verge']" in stop.value.code
+
+
+@pytest.mark.parametrize("mode", ("RGB", "L", "P", "RGBA"))
+def test_the_segmenter_is_shown_an_image_of_its_own_size(tmp_path, mode):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (180, 320, 3), np.uint8)).convert(mode)
+    picture.save(tmp_path / "a.png")
+    _, shown = stage.load_image(tmp_path / "a.png", (36, 64), (96, 160))
+    wanted = picture.convert("RGB").resize((160, 96), Image.Resampling.BILINEAR)
+    assert np.array_equal(shown.permute(1, 2, 0), wanted)
 
 
 # ---------------------------------------------------------------- the script
@@ -227,6 +250,7 @@ def test_files_read_back(world):
     assert frames["world_T_ego"].dtype == torch.float64 and frames["ego_T_cam"].dtype == torch.float32
     assert set(frames["meta"]["source"]) == {"version", "segmenter", "revision", "segmenter_size", "min_confidence",
                                              "sweeps", "rules", "drive", "rig"}
+    assert frames["meta"]["source"]["segmenter_size"] == [288, 512]  # where nothing else is asked for
     assert frames["meta"]["source"]["segmenter"] == "toy_segmenter" and len(frames["meta"]["source"]["revision"]) == 12
     item = Frames(world / "out", [path.stem for path in paths], PRESETS["toy"], history=1)[3]
     assert item["image"].shape == (2, 6, 3, 144, 256) and item["label"].shape == (6, 144, 256)

@@ -52,6 +52,8 @@ def test_pixels_to_ground_hand_computed():
     assert xy[101, 27].tolist() == pytest.approx([ahead, 100.5 * ahead / 200], rel=1e-5)
     assert distance[101, 27].item() == pytest.approx(math.hypot(ahead, 100.5 * ahead / 200), rel=1e-5)
     assert torch.isinf(distance[:72]).all() and torch.isfinite(distance[72:]).all()  # the horizon is at v = 72
+    beside = camera(x=2.0, y=-1.0)  # as far from this camera's foot, not from the car
+    assert torch.equal(pixels_to_ground(intrinsics(), beside, (144, 256))[1], distance)
     # A camera turned by 180 degrees sees the ground behind the car.
     assert (pixels_to_ground(intrinsics(), camera(yaw=180), (144, 256))[0][100:, :, 0] < 0).all()
     # One that looks up by more than its field of view never meets the ground.
@@ -216,6 +218,8 @@ def test_frames_history_and_gaps(tmp_path):
     assert (item["label"] == 3).all() and item["label"].shape == (6, 144, 256)
     assert item["world_T_ego"][:, 0, 3].tolist() == [0.5, 3.0, 3.5]
     assert (frames[4]["image"] == 0).all()  # never a frame of another scene
+    write_scene(tmp_path, "a", config, [0.0, 1.9, 4.0])
+    assert [Frames(tmp_path, ["a"], config)[i]["linked"].item() for i in range(3)] == [False, True, False]
 
 
 def test_a_mirrored_drive_is_as_true_as_the_first(tmp_path):
@@ -306,6 +310,14 @@ def test_digest_tells_labels_apart(tmp_path):
     (lambda out, config: save_pt({"meta": make_meta(Config(cell=0.5), {}), "token": ["a-0"], "bev": [0]},
                                  out / "bev_gt/a.pt"),
      "cell 0.5, expected 0.3"),
+    *((lambda out, config, changes=changes: save_pt({"meta": make_meta(Config(), {}) | changes, "token": ["a-0"],
+                                                     "bev": [0]}, out / "bev_gt/a.pt"), says) for changes, says in (
+        ({"line_width": 0.6}, "line_width 0.6, expected 0.75"), ({"format": 0}, "format 0, expected 1"),
+        ({"x_range": [-20.0, 40.0]}, "x_range [-20.0, 40.0], expected [-30.0, 30.0]"),
+        ({"y_range": [-9.0, 9.0]}, "y_range [-9.0, 9.0], expected [-15.0, 15.0]"),
+        ({"classes": ["background", "kerb"]}, "classes ['background', 'kerb'], expected ['background', 'divider'"))),
+    (lambda out, config: save_pt(load_pt(out / "frames/a.pt", "") | {"meta": make_meta(config, {}) | {"classes": []}},
+                                 out / "frames/a.pt"), "frames/a.pt was made with classes [], expected"),
     (lambda out, config: save_pt({"meta": make_meta(config, {}), "token": ["x"], "bev": [0]}, out / "bev_gt/a.pt"),
      "other key frames"),
     (lambda out, config: save_pt({"model": {}}, out / "frames/a.pt"), "a.pt is no file of stage 01, 02 or 03: run 01"),
