@@ -58,8 +58,7 @@ def parse_args():
     parser.add_argument("--segmenter", default="tests/toy_segmenter", help="folder or hub id of a Mask2Former")
     parser.add_argument("--segmenter-size", type=int, nargs=2, default=(288, 512), metavar=("H", "W"),
                         help="size of the images that it is shown")
-    parser.add_argument("--min-confidence", type=float, default=0.35,
-                        help="pixels whose class is less probable than this are ignored")
+    parser.add_argument("--min-confidence", type=float, default=0.35, help="pixels that are less sure are ignored")
     parser.add_argument("--sweeps", type=int, default=0,
                         help="images of each camera between two key frames that are labelled as well (12 Hz: up to 5)")
     parser.add_argument("--preset", default="toy", choices=PRESETS, help="size of grid and images (model.py)")
@@ -121,15 +120,14 @@ def load_segmenter(name, device):
 
 def group_labels(names):
     """(L, G) 0/1: to which of the GROUPS each of the checkpoint's L label names belongs."""
-    known = {name: group for group, members in enumerate(GROUPS.values()) for name in members}
-    unknown, missing = set(names) - set(known), set(range(len(GROUPS) - 1)) - {known.get(name) for name in names}
-    if missing:
-        sys.exit(f"error: the segmenter has no label for {[list(GROUPS)[group] for group in missing]}; it has "
-                 f"{sorted(names)}: give one that was trained on Mapillary Vistas, or edit GROUPS in 01_pseudolabel.py")
-    if unknown:
-        sys.exit(f"error: the segmenter has labels that GROUPS does not place: {sorted(unknown)}; "
-                 f"it knows {sorted(known)}: add them to the table in 01_pseudolabel.py")
-    return F.one_hot(torch.tensor([known[name] for name in names]), len(GROUPS)).float()
+    known = {name: group for group, members in GROUPS.items() for name in members}
+    if missing := [group for group, members in GROUPS.items() if group != "not ground" and not {*members} & {*names}]:
+        sys.exit(f"error: the segmenter has no label for {missing}; it has {sorted(names)}: give one that was trained "
+                 "on Mapillary Vistas, or edit GROUPS in 01_pseudolabel.py")
+    if unknown := sorted(set(names) - set(known)):
+        sys.exit(f"error: the segmenter has labels that GROUPS does not place: {unknown}; it knows {sorted(known)}: "
+                 "add them to the table in 01_pseudolabel.py")
+    return torch.tensor([[known[name] == group for group in GROUPS] for name in names]).float()
 
 
 def labels_from_queries(class_logits, mask_logits, membership, segmenter_size, image_size, min_confidence):

@@ -207,8 +207,7 @@ def geo_splits(tracks, distance):
 
 def share_near(tracks, scenes, train):
     """The share (0 to 1) of the key frames of `scenes` that lie within NEAR of a key frame of the scenes `train`."""
-    here, there = (shapely.points(np.concatenate([np.zeros((0, 2)), *(tracks[name] for name in names)]))
-                   for names in (scenes, train))
+    here, there = ([point for name in names for point in shapely.points(tracks[name])] for names in (scenes, train))
     near = shapely.STRtree(there).query_nearest(here, max_distance=NEAR, all_matches=False)  # (2, pairs)
     return near.shape[1] / max(1, len(here))
 

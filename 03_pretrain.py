@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from model import IMAGE_WEIGHTS, PRESETS, fit, image_loss, initial_model, run_sequence, segmentation_loss
@@ -83,8 +84,7 @@ def find_slope(frames, index, args):
     """The slope of a scene's ground along the car, radians, on which its cameras agree best; positive: it rises ahead.
 
     On a slope that nobody knows of, each camera takes the same paint for another place, where the others see bare
-    ground. Agreement is the share that a marking's votes have in the votes of their cells, on average. Every third
-    frame is asked, and every quarter of a degree up to 3 degrees (5%)."""
+    ground. Agreement is the share that a marking's votes have in the votes of their cells, on average."""
     views = range(0, len(frames.scenes[index]["token"]), 3)
 
     def agreement(slope):  # and how level it is, for where nothing is painted
@@ -228,9 +228,7 @@ def draw(votes, config, as_painted):
     the class with most votes in each cell."""
     if as_painted:
         return torch.where(votes.sum(0) > 0, votes.argmax(0), IGNORE).byte()
-    reach = torch.arange(-3, 4) * RASTER
-    kernel = torch.exp(-(reach / 0.2) ** 2 / 2)  # 0.2 m: what poses and pixels are good for
-    votes = F.conv2d(votes[:, None], (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None], padding=3)[:, 0]
+    votes = gaussian_blur(votes, 7, 0.2 / RASTER)  # 0.2 m: what poses and pixels are good for
     total = votes.sum(0)  # (X, Y)
     share = votes / total.clamp(min=1e-6)  # (classes, X, Y)
     ground_map = torch.where(total > 1e-4, 0, IGNORE).byte()
@@ -249,9 +247,8 @@ def reprojection_loss(logits, batch, grid, class_weights, max_range=MAX_RANGE):
     """Cross-entropy between the BEV logits (B, classes, H, W), rendered into the cameras, and the pseudo-labels."""
     label = batch["label"]  # (B, N, h, w)
     image, valid = render(logits, batch["K"][:, -1], batch["ego_T_cam"][:, -1], label.shape[-2:], grid, max_range)
-    label = torch.where(valid, label, IGNORE)
     # Cameras are samples to the loss: (B*N, classes, h, w) against (B*N, h, w).
-    return segmentation_loss(image.flatten(0, 1), label.flatten(0, 1), class_weights)
+    return segmentation_loss(image.flatten(0, 1), torch.where(valid, label, IGNORE).flatten(0, 1), class_weights)
 
 
 def temporal_loss(logits, before, batch, grid, smear=False):
@@ -270,7 +267,7 @@ def temporal_loss(logits, before, batch, grid, smear=False):
     both = seen[1] & (carried[:, -1] > 0.999) & batch["linked"][:, -1].view(-1, 1, 1)  # (B, H, W)
     now, then = logits.float().softmax(1), carried[:, :-1]  # (B, classes, H, W) each
     low, high = (then, then) if smear else (-F.max_pool2d(-then, 3, 1, 1), F.max_pool2d(then, 3, 1, 1))
-    distance = (F.relu(now - high) + F.relu(low - now)).square().sum(1)  # (B, H, W)
+    distance = (now - now.clamp(low, high)).square().sum(1)  # (B, H, W)
     return (distance * both).sum() / (sum_over_ranks(both.sum()) / RANKS).clamp(min=1 / RANKS)
 
 

@@ -77,8 +77,7 @@ def predict(frames, model, config, scenes, memory="map"):
         if model:
             logits, bev = step(model, frame, bev if memory == "bev" else None, pose)
         else:  # ignored pixels score 0 in all classes: they have no say, neither here nor in what `remember` averages
-            scores = lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], config.grid)  # (1, classes, H, W)
-            logits = scores.clamp(min=1e-6).log()
+            logits = lift(one_hot(frame["label"]), frame["K"], frame["ego_T_cam"], config.grid).clamp(min=1e-6).log()
         if memory == "map":
             logits = remember(past, logits, frame, config.grid)
         pose = frame["world_T_ego"]
@@ -198,9 +197,8 @@ def page_of(blocks, maps, legend, grid):
     for title, m in maps.items():
         draw.text((left, 3), title, INK, font)
         page.paste(m, (left, bar))
-        x0 = left + m.width * grid.y_range[1] / (grid.y_range[1] - grid.y_range[0])  # where the car is
-        y0 = bar + height * grid.x_range[1] / (grid.x_range[1] - grid.x_range[0])
-        draw.polygon([(x0 + x, y0 + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
+        down, right = grid.cells(np.zeros(2)) / grid.shape * (height, m.width)  # of the car, in pixels
+        draw.polygon([(left + right + x, bar + down + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
     for name, colour in {**COLOURS, **legend}.items():
@@ -214,7 +212,7 @@ def page_of(blocks, maps, legend, grid):
 def read_rig(folder, calibration, config):
     """One moment of any rig of 1 to 8 cameras, as a frame for the network, without label and bev.
 
-    calibration: a JSON file {image file: {"K": 3 x 3, for the image as it is on disk, "ego_T_cam": 4 x 4}}; ego: x
+    calibration: a JSON file {image file: {"K": 3 x 3, for the image as viewers show it, "ego_T_cam": 4 x 4}}; ego: x
     ahead, y left, z up in metres from a point on the ground. Returns the frame, a batch of one, and for each camera the
     number of the nuScenes camera that looks most nearly its way, whose embedding it is given."""
     remedy = "give {image file: {\"K\": 3 x 3 numbers, \"ego_T_cam\": 4 x 4}} of 1 to 8 cameras"
@@ -236,7 +234,7 @@ def read_rig(folder, calibration, config):
         image = read_image(Path(folder) / name, f"give the images that {calibration} names")
         if not (0 < K[0, 2] < image.width and 0 < K[1, 2] < image.height):
             sys.exit(f"error: {calibration}: {name} has {image.width} x {image.height} pixels, and the centre of its K "
-                     "lies outside: give the K of the image as it is on disk")
+                     "lies outside: give the K of the image at this size")
         K = torch.tensor((w / image.width, h / image.height, 1))[:, None] * K  # pixel centres lie at +0.5
         image = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1)
         views.append({"image": image, "K": K, "ego_T_cam": ego_T_cam})
@@ -342,9 +340,8 @@ if __name__ == "__main__":
         index, = from_best_to_worst(quality, 1)  # the median
         first, *rest = [draw_sheet(frames, model.eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}",
                                    args.memory) for name, (known, model) in zip(args.animate, animated)]
-        shown = [1500] * len(rest) + [4000]  # ms
         write_whole(folder / "animation.webp", lambda file: first.save(
-            file, "WEBP", save_all=True, append_images=rest, duration=shown, loop=0, quality=85))
+            file, "WEBP", save_all=True, append_images=rest, duration=[1500] * len(rest) + [4000], loop=0, quality=85))
     print(f"{folder}/metrics.json and {args.pictures} pictures written")
     print_confusion(confusion["all"])
     print(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}")

@@ -5,8 +5,7 @@
 `Config` and `PRESETS` say how large everything is. `BEVSegmenter` is the network; its encoder is BEVFormer (Li et al.,
 ECCV 2022, arXiv 2203.17270): a grid of BEV queries that look at the previous BEV (temporal self-attention, section 3.4)
 and at the camera features where their ground is seen (spatial cross-attention, section 3.3), both by deformable
-attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights of a released BEVFormer. Then the
-loss, the score, and the training loop of stages 03 and 04.
+attention (Deformable DETR, arXiv 2010.04159). `load_official` takes the weights of a released BEVFormer.
 
 Shapes: B batch, N cameras, C channels, M heads of D channels, L levels, P sampling points, Z heights of a pillar, H x W
 cells of a BEV grid, Q = H*W queries, S feature maps, R rows of packed queries (spatial: one for each camera that sees a
@@ -115,7 +114,7 @@ class TemporalSelfAttention(nn.Module):
         nn.init.zeros_(self.guide_previous.weight)
 
     def forward(self, query, position, previous, current, reference):
-        """query, previous, current (B, Q, C), position (1, Q, C); reference (H, W, 2): the queries' own places in
+        """query, previous, current (B, Q, C), position (Q, C); reference (H, W, 2): the queries' own places in
         pixels (x, y). -> (B, Q, C)"""
         (B, Q, C), (H, W, _), M, P = query.shape, reference.shape, self.M, self.P
         guide = self.guide(query + position) + self.guide_previous(previous)  # (B, Q, 3*M*2*P)
@@ -169,8 +168,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.channels
-        self.temporal = TemporalSelfAttention(config)
-        self.spatial = SpatialCrossAttention(config)
+        self.temporal, self.spatial = TemporalSelfAttention(config), SpatialCrossAttention(config)
         self.ffn = nn.Sequential(Linear(C, config.ffn), nn.ReLU(), Linear(config.ffn, C))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(3))
 
@@ -191,7 +189,7 @@ class Encoder(nn.Module):
         self.checkpointing = False  # True: run layers again in the backward pass instead of storing what is in them
 
     def forward(self, first, position, features, K, ego_T_cam, previous=None, has_previous=None):
-        """first, position (1, Q, C): the BEV queries and their positions; features (B*N, h, w, C) a level; previous
+        """first (1, Q, C), position (Q, C): BEV queries and where they are; features (B*N, h, w, C) a level; previous
         (B, Q, C); has_previous and the cameras as in BEVSegmenter.forward. Returns the BEV features (B, Q, C)."""
         c = self.config
         hits = pillars_in_cameras(K, ego_T_cam, c.padded_size, c.grid, c.bev_shape, c.heights)
@@ -263,8 +261,7 @@ class BEVSegmenter(nn.Module):
         position = torch.cat((self.column.expand(H, -1, -1), self.row[:, None].expand(-1, W, -1)), -1)  # (H, W, C)
         if previous is not None:
             previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
-        bev = self.encoder(self.query[None], position.view(1, H * W, -1), features, K, ego_T_cam, previous,
-                           has_previous)  # (B, Q, C)
+        bev = self.encoder(self.query[None], position.flatten(0, 1), features, K, ego_T_cam, previous, has_previous)
         bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, C, bev_H, bev_W)
         fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)
         return self.classify(fine), bev  # (B, classes, H, W), (B, C, bev_H, bev_W)
@@ -493,7 +490,6 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr):
-        """One step down the gradients of the model; lr is AdamW's learning rate, and Muon's is MUON times as high."""
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         for weight, momentum in zip(self.hidden, self.momenta):
@@ -583,7 +579,7 @@ def record(curve, args, path):
     for name, colour in zip({name: None for losses in curve for name in losses}, cycle(LOSS_COLOURS)):
         points = torch.tensor([(i, losses[name]) for i, losses in enumerate(curve) if name in losses])  # (T, 2)
         axes.plot(*torch.stack([part.mean(0) for part in points.split(n)]).T, colour, label=name)
-    axes.set(xlabel="step", ylabel="loss" + f", mean of {n} values" * (n > 1), ylim=(0, None), title=path.stem)
+    axes.set(xlabel="step", ylabel=f"loss, mean of {n} value(s)", ylim=(0, None), title=path.stem)
     axes.grid(alpha=0.3)
     axes.legend()
     write_whole(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png"))
@@ -622,6 +618,4 @@ def resume(model, optimizer, args, path):
     except (ValueError, LookupError, RuntimeError) as error:
         sys.exit(f"error: {path} does not fit Optimizer in model.py ({error}): {remedy}")
     torch.set_rng_state(checkpoint["rng"])
-    if checkpoint["step"] < args.steps:
-        print(f"{path}: going on from step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["curve"]

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.distributed._functional_collectives import all_reduce  # what torch advises instead of the one of its nn
 
 FORMAT = 1
@@ -242,11 +242,10 @@ def lift(image_scores, K, ego_T_cam, grid):
     """Inverse perspective mapping: image scores, read where each cell's centre is seen, averaged over the cameras.
 
     image_scores (B, N, C, h, w). Returns (B, C, H, W); cells that no camera sees are 0."""
-    (B, N), (h, w) = image_scores.shape[:2], image_scores.shape[-2:]
-    where, inside = cells_in_cameras(K, ego_T_cam, (h, w), grid)
+    where, inside = cells_in_cameras(K, ego_T_cam, image_scores.shape[-2:], grid)
     where = where.to(image_scores.dtype).clamp(-2, 2).flatten(0, 1)  # (B*N, H, W, 2)
     sampled = F.grid_sample(image_scores.flatten(0, 1), where, padding_mode="border", align_corners=False)
-    total = (sampled.unflatten(0, (B, N)) * inside.unsqueeze(2)).sum(1)  # (B, C, H, W)
+    total = (sampled.unflatten(0, K.shape[:2]) * inside.unsqueeze(2)).sum(1)  # (B, C, H, W)
     return total / inside.sum(1).clamp(min=1).unsqueeze(1)
 
 
@@ -334,7 +333,6 @@ class Linear(torch.nn.Linear):
     matrix products, on the AMD processor that we measured on."""
 
     def forward(self, x):
-        """x (..., in_features) -> (..., out_features)"""
         if x.device.type != "cpu" or x.dtype == torch.float64:
             return super().forward(x)
         pixels = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # (1, in, rows, 1), channels last
@@ -371,8 +369,7 @@ def open_tables(NuScenes, dataroot, version):
     """The devkit's NuScenes object (the class is handed in: this file does without the devkit)."""
     folder = Path(dataroot) / version
     if not folder.is_dir():
-        sys.exit(f"error: there is no folder {folder}: set --dataroot and --version to a nuScenes data set "
-                 "(tests/toyworld.py writes data/toy, version v1.0-trainval)")
+        sys.exit(f"error: there is no folder {folder}: set --dataroot and --version, or run tests/toyworld.py first")
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
         for scene in nusc.scene:
@@ -516,7 +513,7 @@ def load_pt(path, remedy):
 
 def is_classes(x):
     """Whether a tensor has nothing but class indices and IGNORE."""
-    return not x.is_floating_point() and ((x < NUM_CLASSES) | (x == IGNORE)).all().item()
+    return not x.is_floating_point() and (((x >= 0) & (x < NUM_CLASSES)) | (x == IGNORE)).all().item()
 
 
 def load_artifact(path, remedy, keys=()):
@@ -538,10 +535,10 @@ def load_artifact(path, remedy, keys=()):
 
 
 def read_image(path, remedy):
-    """A camera image (PIL, RGB), or stop with one line that ends in the remedy."""
+    """A camera image (PIL, RGB, turned as its EXIF says), or stop with one line that ends in the remedy."""
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         sys.exit(f"error: {path} {what}: {remedy}")
@@ -580,8 +577,7 @@ def check_meta(path, found, expected, keys, remedy):
 def is_finished(path, meta, keys, tokens, remedy=None):
     """Whether `path` holds what this run would write; stop with one line if it was made some other way.
 
-    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames. remedy: to delete the
-    folder, if not given."""
+    keys: what of the meta the artifact depends on, beside its source. tokens: of its key frames."""
     if not path.exists():
         return False
     remedy = remedy or f"delete {path.parent} or use another --out"
@@ -618,6 +614,10 @@ class Frames(torch.utils.data.Dataset):
             # A file of one's own making may have other types, and do without names.
             frames = {"description": ""} | frames | {key: frames[key].float() for key in ("K", "ego_T_cam")}
             frames |= {"scene": scene, "world_T_ego": frames["world_T_ego"].double()}
+            counts = {*map(len, (*frames["image"], *frames["label"], *frames["K"], *frames["ego_T_cam"]))}
+            if counts != {len(CAMERAS)}:
+                sys.exit(f"error: {path} has views of {sorted(counts)} cameras, CAMERAS in reproject.py are "
+                         f"{len(CAMERAS)}: run 01_pseudolabel.py")
             frames["meta"]["source"]["frames"] = frames["digest"]  # a consensus is of these labels; its rules are 03's
             if bev_gt:
                 learnt = scene in consensus
@@ -660,15 +660,14 @@ class Frames(torch.utils.data.Dataset):
 
     def decode(self, scene, t, key):
         """The six images (N, h, w, 3) or label maps (N, h, w) of one frame, uint8."""
+        name, files = self.scenes[scene]["scene"], self.scenes[scene][key][t]
         try:
-            files = [io.BytesIO(data.numpy().tobytes()) for data in self.scenes[scene][key][t]]
-            pictures = torch.from_numpy(np.stack([Image.open(file) for file in files]))
+            pictures = torch.from_numpy(np.stack([Image.open(io.BytesIO(file.numpy())) for file in files]))
             size = self.size if key == "label" else (*self.size, 3)
             if pictures.shape[1:] != size or (key == "label" and not is_classes(pictures)):
                 raise ValueError
             return pictures
         except (OSError, SyntaxError, ValueError):  # PIL reports a broken PNG as SyntaxError
-            name = self.scenes[scene]["scene"]
             message = f"error: frames/{name}.pt: {key} of frame {t} is damaged: delete the file, run 01_pseudolabel.py"
             if torch.utils.data.get_worker_info():  # of a worker's errors, only an exception reaches the main process
                 raise RuntimeError(message) from None
@@ -680,9 +679,8 @@ def mirror(item):
     swap = [CAMERAS.index(LEFT_RIGHT[camera]) for camera in CAMERAS]
     sides = torch.tensor((1.0, -1.0, 1.0, 1.0))  # of an ego or world point: y changes its sign
     columns = torch.tensor((-1.0, 1.0, 1.0, 1.0))  # of a camera point: x does
-    K = item["K"].clone()
-    K[..., 0, 2] = item["image"].shape[-1] - K[..., 0, 2]
-    K[..., 0, 1] *= -1  # the skew, where there is one
+    flip_u = torch.tensor(((-1.0, 0, item["image"].shape[-1]), (0, 1, 0), (0, 0, 1)))  # of a pixel: u becomes w - u
+    K = flip_u @ item["K"] * columns[:3]
     flipped = {key: item[key].flip(-1) for key in ("image", "label", "bev") if key in item}
     return item | flipped | {"image": flipped["image"][:, swap], "label": flipped["label"][swap], "K": K[:, swap],
                              "ego_T_cam": (sides[:, None] * item["ego_T_cam"] * columns)[:, swap],

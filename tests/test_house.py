@@ -61,7 +61,7 @@ def test_public_names_have_docstrings_and_imports_are_the_allowed(path):
 
 def test_the_scripts_do_not_grow():
     """All of it is to be read in one sitting: what comes in, something must make room for."""
-    assert sum(len(path.read_text().splitlines()) for path in SCRIPTS) <= 2703
+    assert sum(len(path.read_text().splitlines()) for path in SCRIPTS) <= 2686
 
 
 def test_lines_are_counted():

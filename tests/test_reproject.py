@@ -325,8 +325,13 @@ def test_digest_tells_labels_apart(tmp_path):
                                     _use_new_zipfile_serialization=False), "a.pt is no file of stage 01, 02 or 03"),
     (lambda out, config: save_pt(load_pt(out / "bev_gt/a.pt", "") | {"bev": torch.zeros(1, 100, 200).byte()},
                                  out / "bev_gt/a.pt"), "a.pt: its bev is no map of (200, 100) cells and our classes"),
-    (lambda out, config: save_pt(load_pt(out / "bev_gt/a.pt", "") | {"bev": torch.full((1, 200, 100), 4)},
-                                 out / "bev_gt/a.pt"), "a.pt: its bev is no map of (200, 100) cells and our classes"),
+    *((lambda out, config, value=value: save_pt(load_pt(out / "bev_gt/a.pt", "") | {
+        "bev": torch.full((1, 200, 100), value)}, out / "bev_gt/a.pt"),
+       "a.pt: its bev is no map of (200, 100) cells and our classes") for value in (4, -1)),
+    *((lambda out, config, key=key: save_pt((old := load_pt(out / "frames/a.pt", "")) | {
+        key: [old[key][0][:5]] if isinstance(old[key], list) else old[key][:, :5]}, out / "frames/a.pt"),
+       "frames/a.pt has views of [5, 6] cameras, CAMERAS in reproject.py are 6: run 01_pseudolabel.py")
+      for key in ("image", "label", "K", "ego_T_cam")),
 ])
 def test_bad_artifacts_are_one_line(tmp_path, damage, says):
     config = PRESETS["toy"]

@@ -43,6 +43,18 @@ def test_images_of_another_shape_are_squeezed_with_their_K(tmp_path):
     torch.testing.assert_close(frame["K"][0, 0].cpu(), torch.tensor([[160.0, 0, 128], [0, 120, 72], [0, 0, 1]]))
 
 
+def test_a_camera_that_was_held_the_other_way_round(tmp_path):
+    """Its file lies upside down and says so (EXIF orientation 3), and viewers turn it."""
+    write_rig(tmp_path, torch.zeros(1, 3, H, W, dtype=torch.uint8), intrinsics()[None], camera()[None])
+    picture, exif = Image.new("RGB", (W, H)), Image.Exif()
+    picture.paste((255, 255, 255), (0, 0, W, 40))
+    exif[0x0112] = 3
+    picture.save(tmp_path / "0.png", exif=exif)
+    frame, _ = importlib.import_module("05_eval").read_rig(tmp_path, tmp_path / "rig.json", CONFIG)
+    bright = frame["image"][0, 0].float().mean((0, 2)) > 128
+    assert not bright[:-40].any() and bright[-40:].all()
+
+
 def run(folder, *flags):
     """Stage 05 in `folder`; returns the finished process."""
     return run_script("05_eval.py", "--checkpoint", "net.pt", *flags, cwd=folder)
