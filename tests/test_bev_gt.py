@@ -448,8 +448,10 @@ def test_any_number_of_processes_writes_the_same_files(world, tmp_path):
     fails(run(world, "--workers", "-1"), "--workers")
 
 
-def test_geo_split_of_the_script(world, tmp_path):
+def test_geo_split_of_the_script(world, tmp_path, monkeypatch):
     """Two scenes with the same coordinates, first in two locations, then in one; there --geo-distance decides."""
+    monkeypatch.setattr("sys.argv", ["02_bev_gt.py"])
+    assert stage.parse_args().geo_distance == 50  # m
     root, splits = tmp_path / "data", tmp_path / "out/splits.json"
     shutil.copytree(world / "data/toy", root, ignore=shutil.ignore_patterns("samples"))
     args = ("--dataroot", root, "--out", tmp_path / "out")

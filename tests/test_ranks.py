@@ -236,11 +236,13 @@ def test_a_worker_that_outlives_a_killed_run_keeps_nobody_out(tmp_path):
     claim(tmp_path / "a.pt").close()
 
 
-def test_two_evaluations_do_not_mix_their_pictures(world):
-    with open(world / "out/.eval.lock", "w") as lock:
+@pytest.mark.parametrize("path, command", (("eval", ("05_eval.py", "--checkpoint", "ipm")),
+                                           ("tune.pt", ("04_finetune.py", "--init", "scratch", "--name", "tune"))))
+def test_two_runs_do_not_mix_what_they_write(world, path, command):
+    with open(world / f"out/.{path}.lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        done = run_script("05_eval.py", "--checkpoint", "ipm", cwd=world)
-    assert done.returncode == 1 and "another run is writing out/eval: wait for its end" in done.stderr
+        done = run_script(*command, cwd=world)
+    assert done.returncode == 1 and f"another run is writing out/{path}: wait for its end" in done.stderr
 
 
 def test_only_the_first_process_speaks(capfd):
