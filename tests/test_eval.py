@@ -2,6 +2,7 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from rig import surround
 
@@ -177,6 +178,14 @@ def test_confusion_has_the_truth_in_its_rows(capsys):
     stage.print_confusion(confusion)
     divider, = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("divider "))
     assert divider.split()[1:] == ["0.000", "0.667", "0.000", "0.333"]
+
+
+def test_the_car_lies_where_it_is():
+    """On a map of 10 m to the rear, 50 m ahead, 15 m to both sides, drawn 400 pixels high, 28 to the right, 24 down."""
+    grid = Config(x_range=(-10.0, 50.0)).grid
+    page = stage.page_of({"": torch.zeros(10, 20, 3).byte()}, {"": torch.zeros(200, 100, 3).byte()}, {}, grid)
+    white = torch.from_numpy(np.array(page))[24:424, 28:228].eq(255).all(-1).nonzero().float()  # (pixels, 2)
+    assert (white.mean(0) - torch.tensor([400 * 50 / 60 + 2, 100])).abs().max() < 2 and 80 < len(white) < 160
 
 
 def test_counts_go_to_the_right_ring_range_condition_and_frame(monkeypatch):

@@ -123,6 +123,14 @@ def test_temporal_loss_does_not_count_what_one_frame_did_not_see(metres, rows):
 
 
 @pytest.mark.parametrize("smear", (False, True))
+def test_temporal_loss_by_hand(smear):
+    """All classes alike where one was sure: it has 0.75 too little, the three others each 0.25 too much."""
+    sure = torch.zeros(1, 4, *GRID.shape)
+    sure[:, 2] = 50.0
+    assert stage.temporal_loss(0 * sure, sure, batch(), GRID, smear).item() == pytest.approx(0.75 ** 2 + 3 * 0.25 ** 2)
+
+
+@pytest.mark.parametrize("smear", (False, True))
 def test_temporal_loss_pulls_towards_the_frame_before(smear):
     """Towards its class in each cell; or, near an edge, towards one that a cell next to it has."""
     logits = torch.zeros(1, 4, *GRID.shape, requires_grad=True)
@@ -345,6 +353,14 @@ def test_a_direction_has_two_names():
     direction = (math.pi / 2 - 1e-3) * (1 - 2.0 * (column > 60))
     line = stage.join_dashes(torch.full_like(column, 10), column, direction, (20, 130), *stage.LINES["divider"])
     assert line[10, 20:110].all() and line.sum() <= 92  # a cell at each end
+
+
+@pytest.mark.parametrize("turn, one", ((0.1, True), (0.3, False)))
+def test_a_line_goes_on_only_in_its_own_direction(turn, one):
+    """Two runs of 4.5 m behind each other, the second said to be turned; each alone is too short for a divider."""
+    row = torch.cat((torch.arange(20, 50), torch.arange(52, 82)))
+    line = stage.join_dashes(row, torch.full_like(row, 10), turn * (row > 50), (100, 20), *stage.LINES["divider"])
+    assert line[20:82, 10].all() == line.any() == one
 
 
 def test_a_line_is_followed_in_its_direction():
