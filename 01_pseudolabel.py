@@ -8,7 +8,7 @@ Writes: out/frames/<scene>.pt  {meta, scene, location, description, token [T], t
             six images that were taken between two key frames, for the votes of stage 03
 
     python 01_pseudolabel.py                                                           # the embedded toy world
-    python 01_pseudolabel.py --dataroot /data/nuscenes --preset paper --segmenter-size 768 1344 \\
+    python 01_pseudolabel.py --dataroot data/nuscenes --preset paper --segmenter-size 768 1344 \\
         --segmenter facebook/mask2former-swin-large-mapillary-vistas-semantic
 
 Stop it when you like: scenes that are written are skipped the next time. torchrun's processes share the scenes out.

@@ -6,7 +6,7 @@ Writes: out/bev_gt/<scene>.pt  {meta, scene, token [T], bev (T, H, W) uint8: cla
                                "geo_train", "geo_val", "geo_test": [scenes]}, whose sides share no street
 
     python 02_bev_gt.py                                                                # the embedded toy world
-    python 02_bev_gt.py --dataroot /data/nuscenes --version v1.0-trainval --preset paper --out out
+    python 02_bev_gt.py --dataroot data/nuscenes --version v1.0-trainval --preset paper --out out
 
 A cell belongs to a class if and only if its centre does:
     divider       the centre lies within line_width / 2 of a lane_divider or road_divider line

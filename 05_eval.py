@@ -5,9 +5,9 @@ the maps that they have predicted with that of the current one; `bev`, as in BEV
 `--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint
-Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-labels and with the rendered prediction laid
-       over them, ground truth, prediction and errors as maps (the car in the middle, ahead is up);
-       out/eval/distance.png: IoU against distance from the car;
+Writes out/eval/metrics.json, out/eval/sample_<k>.png, best to worst: cameras with pseudo-labels and with the rendered
+       prediction laid over them; ground truth, prediction and each class's errors as maps (ahead is up);
+       out/eval/distance.png: IoU against distance from the car; out/eval/confusion.png: of classes with each other;
        with --animate, out/eval/animation.webp: the median key frame as each checkpoint in turn predicts it;
        with --images, only out/eval/rig.png and rig.pt {bev (H, W) uint8, probability (classes, H, W),
        seen (H, W) bool: whether any camera sees the cell}
@@ -20,6 +20,7 @@ Writes out/eval/metrics.json, out/eval/sample_<k>.png: cameras with pseudo-label
 import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +149,11 @@ def camera_block(images, classes):
     return torch.cat([torch.cat(tiles[k:k + 3], 1) for k in range(0, len(tiles), 3)], 0)
 
 
-def error_map(prediction, truth):
-    """Where prediction and truth (H, W) have the same class, one has missed or falsely found: RGB (H, W, 3) uint8."""
-    hit, found = torch.where(prediction == truth, 1, 2), torch.where(prediction > 0, 3, 0)  # 1 to 3 as in ERRORS
-    error = torch.where(truth == IGNORE, 4, torch.where(truth > 0, hit, found))
+def error_map(prediction, truth, number):
+    """Where the class of that number is hit, missed and falsely found: RGB (H, W, 3) uint8."""
+    found, there = prediction == number, truth == number  # (H, W) each
+    error = torch.where(there, torch.where(found, 1, 2), torch.where(found, 3, 0))  # 1 to 3 as in ERRORS
+    error[truth == IGNORE] = 4
     return torch.tensor((GROUND, *ERRORS.values(), IGNORED), dtype=torch.uint8)[error.cpu()]
 
 
@@ -176,7 +178,8 @@ def contact_sheet(frame, logits, grid, title="prediction", place=""):
         return page_of(blocks, {title: paint(prediction) // dark}, legend, grid)
     truth = frame["bev"][0]
     blocks = {f"cameras with pseudo-labels{place}": camera_block(images, frame["label"][0, order]), **blocks}
-    maps = {"ground truth": paint(truth), title: paint(prediction), "errors": error_map(prediction, truth)}
+    maps = {"ground truth": paint(truth), title: paint(prediction),
+            **{f"errors: {CLASSES[c]}": error_map(prediction, truth, c) for c in range(1, NUM_CLASSES)}}
     return page_of(blocks, maps, {"ignored": IGNORED, **ERRORS, "car, pointing ahead": PAPER}, grid)
 
 
@@ -201,7 +204,7 @@ def page_of(blocks, maps, legend, grid):
         draw.polygon([(left + right + x, bar + down + y) for x, y in ((0, -10), (-6, 8), (6, 8))], PAPER)
         left += m.width + gap
     x = 4
-    for name, colour in {**COLOURS, **legend}.items():
+    for name, colour in {"background": GROUND, **COLOURS, **legend}.items():
         draw.rectangle((x, foot + 6, x + 12, foot + 18), colour, INK)
         draw.text((x + 18, foot + 3), name, INK, font)
         x += 40 + 9 * len(name)
@@ -265,7 +268,7 @@ def predict_rig(args, model):
           + ", ".join(f"{CAMERAS[n]} ({degrees:.0f} degrees wide)" for n, degrees in zip(nearest, wide)))
 
 
-# ---------------------------------------------------------------- tables, and a curve
+# ---------------------------------------------------------------- scores as pictures
 def draw_distance(by_ring, title):
     """IoU against distance from the car, a line a class, as a figure. by_ring is evaluate's."""
     from matplotlib.figure import Figure  # comes with nuscenes-devkit; here, as it takes a second
@@ -282,11 +285,18 @@ def draw_distance(by_ring, title):
     return figure
 
 
-def print_confusion(confusion):
-    """What the cells of each class were taken for, as shares of its cells (classes, classes)."""
-    print(f"{'is':>12}, was taken for " + " ".join(f"{name:>12}" for name in CLASSES))
-    for name, cells in zip(CLASSES, confusion / confusion.sum(1, keepdim=True).clamp(min=1)):
-        print(f"{name:>12}  {'':>15} " + " ".join(f"{share:>12.3f}" for share in cells.tolist()))
+def draw_confusion(confusion, title):
+    """What the cells of each class were taken for, as shares of its cells (classes, classes), as a figure."""
+    from matplotlib.figure import Figure
+    figure = Figure((6, 5), dpi=120, layout="tight")
+    axes, shares = figure.subplots(), confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    axes.set(xlabel="taken for", ylabel="is", title=title)
+    axes.set_xticks(range(NUM_CLASSES), CLASSES)
+    axes.set_yticks(range(NUM_CLASSES), CLASSES)
+    return figure
 
 
 if __name__ == "__main__":
@@ -319,7 +329,7 @@ if __name__ == "__main__":
     folder = Path(args.out) / "eval"
     lock = claim(folder)  # held as long as this process lives
     if RANK == 0:
-        for pattern in ("sample_*.png", "metrics.json", "distance.png", "animation.webp"):
+        for pattern in ("sample_*.png", "metrics.json", "distance.png", "confusion.png", "animation.webp"):
             for old in folder.glob(pattern):
                 old.unlink()
     args.pictures = min(args.pictures, len(frames))
@@ -331,19 +341,20 @@ if __name__ == "__main__":
                "confusion": confusion["all"].tolist()}
     if RANK == 0:
         save_json(metrics, folder / "metrics.json")
-        write_whole(folder / "distance.png", lambda file: draw_distance(by_ring, title).savefig(file, format="png"))
+        for name, figure in (("distance", draw_distance(by_ring, title)),
+                             ("confusion", draw_confusion(confusion["all"], title))):
+            write_whole(folder / f"{name}.png", partial(figure.savefig, format="png"))
     for k, index in enumerate(from_best_to_worst(quality, args.pictures)):
         if k % RANKS == RANK:
-            sheet = draw_sheet(frames, model, config, index, "prediction", args.memory)
+            sheet = draw_sheet(frames, model, config, index, f"prediction {k + 1} of {args.pictures}", args.memory)
             write_whole(folder / f"sample_{k}.png", lambda file: sheet.save(file, "PNG"))
     if args.animate and RANK == 0:
         index, = from_best_to_worst(quality, 1)  # the median
-        first, *rest = [draw_sheet(frames, model.eval(), config, index, f"{Path(name).stem[:12]}, step {known['step']}",
+        first, *rest = [draw_sheet(frames, model.eval(), config, index, f"{Path(name).stem[:16]}, step {known['step']}",
                                    args.memory) for name, (known, model) in zip(args.animate, animated)]
         write_whole(folder / "animation.webp", lambda file: first.save(
             file, "WEBP", save_all=True, append_images=rest, duration=[1500] * len(rest) + [4000], loop=0, quality=85))
     print(f"{folder}/metrics.json and {args.pictures} pictures written")
-    print_confusion(confusion["all"])
     print(f"{title} on {args.split}: {len(frames)} key frames, scenes: {len(scenes)}")
     print(f"{'IoU':>10} " + " ".join(f"{name:>12}" for name in (*CLASSES[1:], "mIoU")))
     for key, score in scores.items():  # the whole split, each range and each condition that is there

@@ -17,6 +17,7 @@ train on three quarters of the train scenes and score on the others.
 
 Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts. A
 row whose flags were changed is measured again; after a change of code or world, delete the folder. The preset is `toy`.
+The last line is the claim in numbers (JSON; an interval is null where there is one seed).
 """
 import argparse
 import importlib

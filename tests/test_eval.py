@@ -3,6 +3,7 @@ import importlib
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from rig import surround
 
@@ -159,11 +160,15 @@ def test_what_is_handed_on_from_frame_to_frame(monkeypatch):
 
 
 def test_error_map_says_what_was_missed_and_what_is_false():
+    """A divider that was taken for a boundary is one divider less and one boundary too many."""
     truth = torch.tensor([[0, 1, 1], [2, 0, IGNORE]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 1, 3], [0, 2, 1]])
-    hit, missed, false = stage.ERRORS.values()
-    expected = [[stage.GROUND, hit, missed], [missed, false, stage.IGNORED]]
-    assert stage.error_map(prediction, truth).tolist() == [[list(colour) for colour in row] for row in expected]
+    (hit, missed, false), none, ignored = stage.ERRORS.values(), stage.GROUND, stage.IGNORED
+    for number, expected in ((1, [[none, hit, missed], [none, none, ignored]]),
+                             (2, [[none, none, none], [missed, false, ignored]]),
+                             (3, [[none, none, false], [none, none, ignored]])):
+        found = stage.error_map(prediction, truth, number).tolist()
+        assert found == [[list(colour) for colour in row] for row in expected]
 
 
 def test_classes_have_their_colours():
@@ -171,13 +176,14 @@ def test_classes_have_their_colours():
     assert colours == [[list(c) for c in (stage.GROUND, *(stage.COLOURS[name] for name in CLASSES[1:]), stage.IGNORED)]]
 
 
-def test_confusion_has_the_truth_in_its_rows(capsys):
+def test_confusion_has_the_truth_in_its_rows():
     truth = torch.tensor([[1, 1, 1, 2, 0, IGNORE]], dtype=torch.uint8)
     confusion = count_confusion(torch.tensor([[1, 1, 3, 0, 0, 2]]), truth)
     assert confusion.tolist() == [[1, 0, 0, 0], [0, 2, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
-    stage.print_confusion(confusion)
-    divider, = (line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("divider "))
-    assert divider.split()[1:] == ["0.000", "0.667", "0.000", "0.333"]
+    axes, = stage.draw_confusion(confusion, "").axes
+    assert axes.images[0].get_array()[1].tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert [text.get_text() for text in axes.texts[4:8]] == ["0.00", "0.67", "0.00", "0.33"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(CLASSES)
 
 
 def test_the_car_lies_where_it_is():

@@ -138,8 +138,8 @@ def test_stages_leave_what_they_promise(world):
     assert set(metrics["iou"]) == {"divider", "ped_crossing", "boundary"} and 0 <= metrics["miou"] <= 1
     assert set(metrics["by_range"]) == {"0-10", "10-20", "20-30"} and metrics["by_condition"]
     assert sum(map(sum, metrics["confusion"])) == 3 * 200 * 100
-    assert sorted(p.name for p in (out / "eval").iterdir()) == ["animation.webp", "distance.png", "metrics.json",
-                                                                "sample_0.png", "sample_1.png"]
+    assert sorted(p.name for p in (out / "eval").iterdir()) == ["animation.webp", "confusion.png", "distance.png",
+                                                                "metrics.json", "sample_0.png", "sample_1.png"]
     assert Image.open(out / "eval/animation.webp").n_frames == 2
     assert not [p for p in out.rglob("*") if ".tmp" in p.name]
 
@@ -179,8 +179,8 @@ def test_pictures_without_any_ground_truth(world, tmp_path):
         save_pt(truth | {"bev": torch.full_like(truth["bev"], IGNORE)}, path)
     said = run("05_eval.py", "--pictures", 1, cwd=tmp_path)
     assert ["all", "-", "-", "-", "-"] in [line.split() for line in said.splitlines()]
-    assert sorted(path.name for path in (tmp_path / "out/eval").iterdir()) == ["distance.png", "metrics.json",
-                                                                               "sample_0.png"]  # none of before
+    assert sorted(path.name for path in (tmp_path / "out/eval").iterdir()) == ["confusion.png", "distance.png",
+                                                                               "metrics.json", "sample_0.png"]
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
     assert set(metrics["iou"].values()) == {None} and metrics["miou"] is None
 

@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(world):
     for start in (run, torchrun):
         start("05_eval.py", "--checkpoint", "ipm", "--pictures", 4, cwd=world)
         assert sorted(path.name for path in (world / "out/eval").iterdir()) == [
-            "distance.png", "metrics.json", *(f"sample_{k}.png" for k in range(4))]
+            "confusion.png", "distance.png", "metrics.json", *(f"sample_{k}.png" for k in range(4))]
         scores.append((world / "out/eval/metrics.json").read_text())
     assert scores[0] == scores[1] and json.loads(scores[0])["num_samples"] == 6
 
