@@ -1,7 +1,7 @@
 """Stage 05: score a checkpoint against the BEV ground truth, and draw what it sees.
 
 Scenes are run frame by frame, and what the last frames have seen is remembered: `--memory map`, the default, averages
-the maps that they have predicted with that of the current one; `bev`, as in BEVFormer, hands on BEV features.
+the maps predicted for them and for the current one; `bev`, as in BEVFormer, hands on BEV features.
 `--checkpoint ipm` scores the reference that needs no learning: the pseudo-labels lifted straight into BEV.
 
 Reads  out/frames/<scene>.pt and out/bev_gt/<scene>.pt of the split, out/splits.json, the checkpoint

@@ -6,7 +6,7 @@
     python tests/bench_claim.py --all                    # and, with seed 0, what the claim does not rest on
     python tests/bench_claim.py --length                 # how long supervision must be trained: on train scenes alone
     python tests/bench_claim.py --ablations --seeds 2    # what each part adds
-    python tests/bench_claim.py --seeds 1 --rows "supervised 100%" "pretraining + 50%"    # of the first, or of all rows
+    python tests/bench_claim.py --seeds 1 --rows "supervised 100%" "pretraining + 50%"    # some of the rows of --all
 
 All rows have the same network, optimizer, augmentation, batch and arithmetic (bfloat16; float32 on a CPU that is not
 faster in bfloat16). Seconds are those of the whole command, from its start to its end, loading and voting included. On
@@ -17,7 +17,7 @@ train on three quarters of the train scenes and score on the others.
 
 Each result is kept in <out>/claim/results.json as it comes: a run that was stopped goes on, and can be done in parts. A
 row whose flags were changed is measured again; after a change of code or world, delete the folder. The preset is `toy`.
-The last line is the claim in numbers (JSON; an interval is null where there is one seed).
+With the main rows, the last line is the claim in numbers (JSON; the interval of one seed is null).
 """
 import argparse
 import importlib
