@@ -262,7 +262,7 @@ class BEVSegmenter(nn.Module):
         if previous is not None:
             previous = previous.flatten(2).transpose(1, 2)  # (B, Q, C)
         bev = self.encoder(self.query[None], position.flatten(0, 1), features, K, ego_T_cam, previous, has_previous)
-        bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, C, bev_H, bev_W)
+        bev = bev.transpose(1, 2).unflatten(2, (H, W))  # (B, Q, C) -> (B, C, bev_H, bev_W)
         fine = F.interpolate(self.refine(bev), self.config.grid.shape, mode="bilinear", align_corners=False)
         return self.classify(fine), bev  # (B, classes, H, W), (B, C, bev_H, bev_W)
 
