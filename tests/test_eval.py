@@ -43,6 +43,20 @@ def test_cameras_are_laid_out_as_one_looks_around():
         assert [sheet.getpixel(place)[0] for place in places] == [2, 0, 1, 4, 3, 5]
 
 
+def test_each_error_map_shows_its_own_class():
+    """Truth: divider in the upper half; prediction: boundary in the left half. Five maps of 288 x 576 pixels stand to
+    the right of the cameras, errors from the third on; their quarters, clockwise from the upper left one."""
+    (K, ego_T_cam), logits, truth = surround(), torch.zeros(1, 4, 200, 100), torch.zeros(1, 200, 100).byte()
+    truth[:, :100], logits[:, 3, :, :50] = 1, 9
+    frame = {"image": torch.zeros(1, 6, 3, 144, 256).byte(), "label": torch.zeros(1, 6, 144, 256).byte()}
+    sheet = stage.contact_sheet(frame | {"K": K, "ego_T_cam": ego_T_cam, "bev": truth}, logits, Config().grid)
+    (_, missed, false), none = stage.ERRORS.values(), stage.GROUND
+    for number, expected in ((2, [missed, missed, none, none]), (3, 4 * [none]), (4, [false, none, none, false])):
+        left = 776 + 296 * number
+        corners = ((left + x, 24 + y) for x, y in ((60, 120), (220, 120), (220, 460), (60, 460)))
+        assert [sheet.getpixel(place) for place in corners] == expected
+
+
 def test_each_camera_shows_its_own_labels_and_prediction():
     """The map is divider left of the car, and CAM_FRONT_LEFT (number 2) is labelled boundary: over the middle of the
     tiles of cameras 2, 0 and 1, as far down as the ground. A quarter of the image shows through."""
